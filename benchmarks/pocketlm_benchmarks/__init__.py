@@ -1,0 +1,1 @@
+"""Measures a bundle on the device in front of you."""

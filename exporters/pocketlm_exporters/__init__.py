@@ -1,0 +1,1 @@
+"""Turns a trained small model into a quantized, verified bundle."""

@@ -1,0 +1,66 @@
+"""From token ids to rows of float32, in the two ways in which a table can be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from pocketlm_exporters.decoder import Array
+from pocketlm_exporters.graph.builder import MICROSOFT, GraphBuilder
+from pocketlm_exporters.quantize.rounding import BLOCK, BlockWeight
+
+TABLE = "embedding.weight"
+
+
+class EmbeddingEmitter(Protocol):
+    def __call__(self, g: GraphBuilder, ids: ir.Value) -> ir.Value: ...
+
+
+@dataclass(frozen=True)
+class FloatEmbedding:
+    table: Callable[[], Array]  # (vocabulary, hidden)
+    vocabulary: int
+    hidden: int
+
+    def __call__(self, g: GraphBuilder, ids: ir.Value) -> ir.Value:
+        return g.op("Gather", self.stored(g), ids, name="embedding")
+
+    def stored(self, g: GraphBuilder) -> ir.Value:
+        return g.lazy(TABLE, ir.DataType.FLOAT, (self.vocabulary, self.hidden), self.table)
+
+
+@dataclass(frozen=True)
+class TiedFloatHead:
+    """The embedding's own table as the head: one copy in the file."""
+
+    embedding: FloatEmbedding
+
+    def __call__(self, g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
+        return g.op("FusedMatMul", x, self.embedding.stored(g), name=path, domain=MICROSOFT, transB=1)
+
+
+@dataclass(frozen=True)
+class BlockEmbedding:
+    """Eight bits with a scale for each block of a row."""
+
+    table: BlockWeight
+    hidden: int
+
+    def __call__(self, g: GraphBuilder, ids: ir.Value) -> ir.Value:
+        rows = self.table.values.reshape(len(self.table.values), -1)
+        return g.op(
+            "GatherBlockQuantized",
+            g.constant(TABLE, np.ascontiguousarray(rows[:, : self.hidden])),
+            ids,
+            g.constant("embedding.scales", self.table.scales),
+            name="embedding",
+            domain=MICROSOFT,
+            bits=8,
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )

@@ -1,0 +1,19 @@
+"""The texts that exports are calibrated and verified on; README.md beside them tells where they come from."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from pocketlm.tokenizer import Tokenizer
+
+CALIBRATION = "calibration.txt"
+VERIFICATION = "verification.txt"
+
+
+def windows(name: str, tokenizer: Tokenizer, size: int) -> list[list[int]]:
+    """The text `name` as sequences of at most `size` tokens, each with what the model expects at a start."""
+    text = resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+    start = tokenizer.encode("")
+    ids = tokenizer.encode(text, add_bos=False)
+    room = size - len(start)
+    return [start + ids[begin : begin + room] for begin in range(0, len(ids), room)]

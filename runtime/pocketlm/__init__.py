@@ -1,0 +1,55 @@
+"""Small language models on the device in front of you.
+
+>>> import pocketlm
+>>> model = pocketlm.load("smollm2-135m")
+>>> print(model.generate("Why is the sky blue?").text)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pocketlm.engine import Chat, Model, Settings, load
+    from pocketlm.errors import PocketlmError
+    from pocketlm.generate import Completion, Piece, Stream, Timings, Usage
+    from pocketlm.sampling import Sampling
+    from pocketlm.tokenizer import Message
+
+__all__ = [
+    "Chat",
+    "Completion",
+    "Message",
+    "Model",
+    "Piece",
+    "PocketlmError",
+    "Sampling",
+    "Settings",
+    "Stream",
+    "Timings",
+    "Usage",
+    "load",
+]
+
+_HOMES = {
+    "engine": ("Chat", "Model", "Settings", "load"),
+    "errors": ("PocketlmError",),
+    "generate": ("Completion", "Piece", "Stream", "Timings", "Usage"),
+    "sampling": ("Sampling",),
+    "tokenizer": ("Message",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that `pocketlm --help` does not wait for ONNX Runtime.
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m pocketlm`."""
+
+from pocketlm.cli import main
+
+main()

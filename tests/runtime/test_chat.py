@@ -1,0 +1,225 @@
+"""Conversations: each turn computes only what is new, and says what a fresh run would say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pocketlm
+from helpers.tiny import IM_END, letters, only
+from pocketlm.engine import Chat, Model
+from pocketlm.errors import ContextOverflowError, InvalidSettingError, PromptError
+from pocketlm.generate import Completion
+from pocketlm.tokenizer import Message
+
+SETTINGS: dict[str, Any] = {"max_tokens": 8, "logit_bias": only(letters()), "temperature": 1.0, "seed": 4}
+SYSTEM = Message(role="system", content="Be brief.")
+
+
+@pytest.fixture
+def fresh(int8_bundle: Path) -> Iterator[Model]:
+    """Another copy of the model, which has heard nothing of the conversation."""
+    with pocketlm.load(int8_bundle, threads=1) as model:
+        yield model
+
+
+def said(chat: Chat) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in chat.messages]
+
+
+def same(first: Completion, second: Completion) -> bool:
+    return (first.text, first.token_ids, first.finish_reason) == (
+        second.text,
+        second.token_ids,
+        second.finish_reason,
+    )
+
+
+class TestTurns:
+    def test_a_second_turn_is_that_of_a_fresh_run(self, model: Model, fresh: Model) -> None:
+        chat = model.chat(system="Be brief.")
+        first = chat.send("ONE", **SETTINGS)
+        assert same(first, fresh.generate("ONE", system="Be brief.", **SETTINGS))
+        second = chat.send("TWO", **SETTINGS)
+        assert said(chat) == [
+            ("system", "Be brief."),
+            ("user", "ONE"),
+            ("assistant", first.text),
+            ("user", "TWO"),
+            ("assistant", second.text),
+        ]
+        whole = fresh.generate(chat.messages[:-1], **SETTINGS)
+        assert same(second, whole)
+        assert second.usage.prompt_tokens == whole.usage.prompt_tokens
+        assert second.text != first.text
+
+    def test_a_turn_computes_only_what_is_new(self, model: Model) -> None:
+        chat = model.chat()
+        before = chat.send("ONE", **SETTINGS)
+        assert before.usage.cached_tokens == 0
+        for text in ("TWO", "THREE", "FOUR"):
+            turn = chat.send(text, **SETTINGS)
+            # All but the last token of the answer, which was drawn and not computed.
+            assert turn.usage.cached_tokens == before.usage.total_tokens - 1
+            before = turn
+
+    def test_an_answer_that_ends_itself(self, model: Model, fresh: Model) -> None:
+        chat = model.chat()
+        first = chat.send("ONE", logit_bias={IM_END: 1e4})
+        assert (first.text, first.finish_reason) == ("", "stop")
+        assert said(chat) == [("user", "ONE"), ("assistant", "")]
+        second = chat.send("TWO", **SETTINGS)
+        # The end of text is what the template puts there.
+        assert second.usage.cached_tokens == first.usage.prompt_tokens
+        assert same(second, fresh.generate(chat.messages[:-1], **SETTINGS))
+
+    def test_two_conversations_of_one_model(self, model: Model, fresh: Model) -> None:
+        chats = [model.chat(system="Be brief."), model.chat(system="Be long.")]
+        for text in ("ONE", "TWO", "THREE"):
+            for chat in chats:
+                turn = chat.send(text, **SETTINGS)
+                assert (turn.usage.cached_tokens > 30) == (text != "ONE")
+                assert same(turn, fresh.generate(chat.messages[:-1], **SETTINGS))
+
+    def test_streams(self, model: Model) -> None:
+        chat = model.chat()
+        stream = chat.stream("ONE", **SETTINGS)
+        assert said(chat) == [("user", "ONE")]
+        text = "".join(piece.text for piece in stream)
+        assert said(chat) == [("user", "ONE"), ("assistant", text)]
+        stream.close()
+        assert len(chat.messages) == 2
+
+
+class TestCancelled:
+    def test_the_partial_answer_stays(self, model: Model, fresh: Model) -> None:
+        chat = model.chat()
+        whole = fresh.generate("ONE", **SETTINGS)
+        with chat.stream("ONE", **SETTINGS) as stream:
+            next(stream), next(stream), next(stream)
+        assert said(chat) == [("user", "ONE"), ("assistant", whole.text[:3])]
+        second = chat.send("TWO", **SETTINGS)
+        assert second.usage.cached_tokens == stream.completion.usage.total_tokens - 1
+        assert same(second, fresh.generate(chat.messages[:-1], **SETTINGS))
+
+    def test_without_an_answer_the_message_is_taken_back(self, model: Model) -> None:
+        chat = model.chat(system="Be brief.")
+        chat.stream("ONE", **SETTINGS).close()
+        assert chat.messages == [SYSTEM]
+
+    def test_an_interrupt_keeps_what_came(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        chat = model.chat()
+        stream = chat.stream("ONE", **SETTINGS)
+        text = next(stream).text
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model._session), "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+        assert said(chat) == [("user", "ONE"), ("assistant", text)]
+        assert chat.send("TWO", **SETTINGS).usage.cached_tokens > 0
+
+    def test_the_next_message_ends_the_answer_under_way(self, model: Model, fresh: Model) -> None:
+        chat = model.chat()
+        stream = chat.stream("ONE", **SETTINGS)
+        text = next(stream).text
+        second = chat.send("TWO", **SETTINGS)
+        assert list(stream) == []
+        assert stream.completion.finish_reason == "cancelled"
+        assert said(chat) == [
+            ("user", "ONE"),
+            ("assistant", text),
+            ("user", "TWO"),
+            ("assistant", second.text),
+        ]
+        assert same(second, fresh.generate(chat.messages[:-1], **SETTINGS))
+
+
+class TestReset:
+    def test_forgets_all_but_the_system_message(self, model: Model, fresh: Model) -> None:
+        chat = model.chat(system="Be brief.")
+        chat.send("ONE", **SETTINGS)
+        chat.reset()
+        assert chat.messages == [SYSTEM]
+        turn = chat.send("TWO", **SETTINGS)
+        assert same(turn, fresh.generate("TWO", system="Be brief.", **SETTINGS))
+        assert turn.usage.cached_tokens >= len(model.tokenizer.encode("<|im_start|>system\nBe brief."))
+
+    def test_without_a_system_message(self, model: Model) -> None:
+        chat = model.chat()
+        chat.send("ONE", **SETTINGS)
+        chat.reset()
+        assert chat.messages == []
+
+    def test_ends_an_answer_under_way(self, model: Model) -> None:
+        chat = model.chat(system="Be brief.")
+        stream = chat.stream("ONE", **SETTINGS)
+        next(stream)
+        chat.reset()
+        assert chat.messages == [SYSTEM]
+        assert list(stream) == []
+        assert chat.messages == [SYSTEM]
+
+
+class TestSystem:
+    def test_may_be_set_changed_and_taken_away(self, model: Model, fresh: Model) -> None:
+        chat = model.chat()
+        assert chat.system is None
+        for system in ("Be brief.", "Be long.", None):
+            chat.system = system
+            assert chat.system == system
+            turn = chat.send("ONE", **SETTINGS)
+            assert same(turn, fresh.generate(chat.messages[:-1], **SETTINGS))
+            assert [message["role"] for message in chat.messages].count("system") == (system is not None)
+        assert len(chat.messages) == 6
+
+    def test_an_empty_one_is_one(self, model: Model) -> None:
+        chat = model.chat(system="")
+        assert chat.system == ""
+        assert chat.messages == [Message(role="system", content="")]
+
+    def test_setting_it_during_an_answer_holds_from_the_next_on(self, model: Model) -> None:
+        chat = model.chat()
+        stream = chat.stream("ONE", **SETTINGS)
+        next(stream)
+        chat.system = "Be brief."
+        list(stream)
+        assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("text", "settings", "error"),
+        [
+            ("A" * 600, {}, ContextOverflowError),
+            ("ONE", {"max_tokens": 0}, InvalidSettingError),
+            ("ONE", {"top_p": 7.0}, InvalidSettingError),
+            ("ONE", {"stop": [""]}, InvalidSettingError),
+            ("\ud800", {}, PromptError),
+        ],
+    )
+    def test_the_conversation_is_as_it_was(
+        self, model: Model, text: str, settings: dict[str, Any], error: type[Exception]
+    ) -> None:
+        chat = model.chat(system="Be brief.")
+        first = chat.send("ONE", **SETTINGS)
+        before = list(chat.messages)
+        with pytest.raises(error):
+            chat.send(text, **settings)
+        assert chat.messages == before
+        assert chat.send("TWO", **SETTINGS).usage.cached_tokens == first.usage.total_tokens - 1
+
+    def test_a_full_context_does_not_lose_the_conversation(self, model: Model) -> None:
+        chat = model.chat()
+        with pytest.raises(ContextOverflowError, match="holds 512"):
+            for _ in range(100):
+                chat.send("A" * 50, **SETTINGS)
+        assert chat.messages[-1]["role"] == "assistant"
+        chat.reset()
+        assert chat.send("ONE", **SETTINGS).text
