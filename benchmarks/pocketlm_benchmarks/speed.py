@@ -13,6 +13,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +58,8 @@ class SpeedReport:
     decode_empty: Rate  # of new_tokens behind one token
     decode_deep: Rate  # of new_tokens behind prompt_tokens
     load_s: float  # median, files in the page cache, hashes checked
-    resident_bytes: int  # of the whole process with the model loaded and its cache filled that far
-    peak_resident_bytes: int
+    resident_bytes: int  # of the whole process behind one answer of new_tokens to prompt_tokens
+    peak_resident_bytes: int  # until then
 
 
 def measure(
@@ -92,10 +93,10 @@ def measure(
 
     model, first_load_s = timed_load()
     with model:
-        prefill, empty, deep = _rates(model, prompt_tokens, new_tokens, repetitions, progress)
-        memory = psutil.Process().memory_info().rss
-    # Only now, so that the peak is that of one loaded model.
-    peak = _peak_resident_bytes()
+        rates = _Rates(model, prompt_tokens, new_tokens)
+        rates.measure()  # to warm up
+        memory, peak = psutil.Process().memory_info().rss, _peak_resident_bytes()
+        prefill, empty, deep = rates.repeat(repetitions, progress)
     loads = [first_load_s]
     while len(loads) < _LOADS:
         model, load_s = timed_load()
@@ -123,33 +124,40 @@ def measure(
     )
 
 
-def _rates(
-    model: Model, prompt_tokens: int, new_tokens: int, repetitions: int, progress: Progress
-) -> tuple[list[float], list[float], list[float]]:
-    """Tokens a second of each repetition: prefill, decode behind one token, decode behind the prompt."""
-    random = np.random.default_rng(_SEED)
-    vocabulary = min(model.manifest.dimensions.vocabulary, model.tokenizer.vocabulary_size)
-    prefill: list[float] = []
-    empty: list[float] = []
-    deep: list[float] = []
-    for repetition in range(-1, repetitions):  # one to warm up
-        progress("Measuring", repetition + 1, repetitions + 1, "repetitions")
-        # New tokens each time, so that no cached prefix shortens the work.
-        prompt = random.integers(0, vocabulary, prompt_tokens).tolist()
-        long = finish(model.stream(prompt, max_tokens=new_tokens, ignore_eos=True)).timings
-        short = finish(model.stream(prompt[:1], max_tokens=new_tokens, ignore_eos=True)).timings
-        if repetition >= 0:
-            for rates, rate in (
-                (prefill, long.prefill_tokens_per_s),
-                (empty, short.decode_tokens_per_s),
-                (deep, long.decode_tokens_per_s),
-            ):
-                rates.append(rate or 0.0)
-    progress("Measuring", repetitions + 1, repetitions + 1, "repetitions")
-    return prefill, empty, deep
+class _Rates:
+    """Measures with new prompts each time, so that no cached prefix shortens the work."""
+
+    def __init__(self, model: Model, prompt_tokens: int, new_tokens: int) -> None:
+        self._model = model
+        self._prompt_tokens = prompt_tokens
+        self._new_tokens = new_tokens
+        self._random = np.random.default_rng(_SEED)
+        self._vocabulary = min(model.manifest.dimensions.vocabulary, model.tokenizer.vocabulary_size)
+
+    def measure(self) -> tuple[float, float, float]:
+        """Tokens a second: prefill, decode behind one token, decode behind the prompt."""
+        prompt = self._random.integers(0, self._vocabulary, self._prompt_tokens).tolist()
+        long, short = (
+            finish(self._model.stream(ids, max_tokens=self._new_tokens, ignore_eos=True)).timings
+            for ids in (prompt, prompt[:1])
+        )
+        return (
+            long.prefill_tokens_per_s or 0.0,
+            short.decode_tokens_per_s or 0.0,
+            long.decode_tokens_per_s or 0.0,
+        )
+
+    def repeat(self, repetitions: int, progress: Progress) -> Iterator[tuple[float, ...]]:
+        """For each of the three rates all of its repetitions."""
+        measured = []
+        for repetition in range(repetitions):
+            progress("Measuring", repetition, repetitions, "repetitions")
+            measured.append(self.measure())
+        progress("Measuring", repetitions, repetitions, "repetitions")
+        return zip(*measured, strict=True)
 
 
-def _rate(rates: list[float]) -> Rate:
+def _rate(rates: Sequence[float]) -> Rate:
     return Rate(statistics.median(rates), min(rates), max(rates))
 
 

@@ -69,7 +69,7 @@ def calibrate(
 
 def _feeds(window: Sequence[int], config: DecoderConfig, io: GraphIO) -> dict[str, NDArray[np.generic]]:
     tokens = len(window)
-    empty = np.zeros((1, config.kv_heads, tokens + 1, config.head_dim), np.float32)
+    empty = np.zeros((1, config.kv_heads, tokens, config.head_dim), np.float32)
     caches = [io.past_key.format(layer=n) for n in range(config.layers)]
     caches += [io.past_value.format(layer=n) for n in range(config.layers)]
     return {

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pocketlm.bundle import Bundle, open_bundle
 from pocketlm.errors import ContextOverflowError, InvalidSettingError, PocketlmError, PromptError
-from pocketlm.generate import PREFILL_CHUNK, Completion, Stream
+from pocketlm.generate import Completion, Stream, passes
 from pocketlm.hub import find_bundle
 from pocketlm.kv_cache import CachePool, KVCache
 from pocketlm.manifest import Manifest
@@ -164,13 +164,17 @@ class Model:
             raise ContextOverflowError(len(ids), self.context_length)
         session, cache = self._open_session(), KVCache(self.manifest.dimensions, len(ids))
         logits = np.empty((len(ids), self.manifest.dimensions.vocabulary), np.float32)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK]
-            logits[start : start + len(chunk)] = session.forward(chunk, cache, range(len(chunk)))
+        for start, end in passes(0, len(ids)):
+            logits[start:end] = session.forward(ids[start:end], cache, range(end - start))
         return logits
 
     def _stream(
-        self, ids: list[int], settings: Settings, on_end: Callable[[Stream], None] | None = None
+        self,
+        ids: list[int],
+        settings: Settings,
+        *,
+        settle: bool = False,
+        on_end: Callable[[Stream], None] | None = None,
     ) -> Stream:
         sampling = dict(settings)
         max_tokens, stop = sampling.pop("max_tokens", None), sampling.pop("stop", ())
@@ -200,6 +204,7 @@ class Model:
             stops,
             eos=() if ignore_eos else self.manifest.tokens.eos,
             limit=room if max_tokens is None else min(room, max_tokens),
+            settle=settle,
             on_end=ended,
         )
 
@@ -263,7 +268,9 @@ class Chat:
         """
         self._end_answer()
         messages = [*self.messages, Message(role="user", content=text)]
-        stream = self._model._stream(self._model.encode(messages), settings, self._answered)
+        stream = self._model._stream(
+            self._model.encode(messages), settings, settle=True, on_end=self._answered
+        )
         self._under_way = stream
         self.messages.append(messages[-1])
         return stream

@@ -74,12 +74,24 @@ class Completion:
 
 
 def rewind(cache: KVCache, ids: Sequence[int]) -> int:
-    """Shortens the cache to what its sequence has in common with `ids`; returns how many tokens that is.
+    """Shortens the cache to what it can lend to `ids`; returns how many tokens that is.
 
-    At least the last one of `ids` stays to be computed: its logits are not in the cache.
+    The last one's logits are not in the cache, so it stays to be computed, and one more with it, so that
+    they are computed as in any prompt (see `KVCache`).
     """
-    cache.truncate(min(cache.common_prefix(ids), len(ids) - 1))
+    cache.truncate(min(cache.reusable(ids), max(0, len(ids) - 2)))
     return len(cache)
+
+
+def passes(start: int, end: int, chunk: int = PREFILL_CHUNK) -> Iterator[tuple[int, int]]:
+    """Where the forward passes over the tokens `start` … `end` − 1 of a prompt begin and end.
+
+    `chunk` is how many tokens go in one; from three on, none goes alone if it can be helped (see `KVCache`).
+    """
+    while start < end:
+        count = chunk - 1 if end - start == chunk + 1 and chunk > 2 else chunk
+        yield start, min(start + count, end)
+        start += count
 
 
 def prefill(
@@ -90,8 +102,8 @@ def prefill(
     Returns the logits (vocabulary) behind the last one, in a buffer that the next pass overwrites.
     """
     logits = np.empty((1, 0), np.float32)
-    for start in range(len(cache), len(ids), chunk):
-        logits = session.forward(ids[start : start + chunk], cache)
+    for start, end in passes(len(cache), len(ids), chunk):
+        logits = session.forward(ids[start:end], cache)
     last: NDArray[np.float32] = logits[0]
     return last
 
@@ -131,14 +143,19 @@ class Stream:
         *,
         eos: Collection[int],
         limit: int,
+        settle: bool = False,
         on_end: Callable[[Stream], None],
     ) -> None:
-        """`prompt` and at most `limit` tokens of answer fit the cache."""
+        """`prompt` and at most `limit` tokens of answer fit the cache.
+
+        `settle` computes the answer once more when it is complete, as a prompt, so that what follows it can
+        reuse it (see `KVCache`). The timings do not count it.
+        """
         self.cache = cache
         self._on_end: Callable[[Stream], None] | None = on_end
         # The generator does not know the stream, so a stream that is dropped is freed, and ends, at once.
         self._answer = _Answer(prompt, decoder, stops, eos, limit)
-        self._pieces = self._answer.pieces(session, cache, sampler)
+        self._pieces = self._answer.pieces(session, cache, sampler, settle=settle)
 
     def __iter__(self) -> Self:
         return self
@@ -197,7 +214,9 @@ class _Answer:
         self._cached_tokens = 0
         self._prefill_s = self._ttft_s = self._decode_s = 0.0
 
-    def pieces(self, session: Session, cache: KVCache, sampler: Sampler) -> Generator[Piece, None, None]:
+    def pieces(
+        self, session: Session, cache: KVCache, sampler: Sampler, *, settle: bool
+    ) -> Generator[Piece, None, None]:
         # Clocks run only between two pieces, so that a slow reader does not look like a slow model.
         begun = time.perf_counter()
         self._cached_tokens = rewind(cache, self._prompt)
@@ -215,6 +234,10 @@ class _Answer:
             if self._finish_reason != "cancelled":
                 break
             begun = time.perf_counter()
+        if settle:
+            sequence = [*self._prompt, *self._token_ids]
+            rewind(cache, sequence)
+            prefill(session, cache, sequence)
 
     def completion(self) -> Completion:
         count = len(self._token_ids)

@@ -59,8 +59,7 @@ class GraphIO:
     | logits | float32 | (rows, vocabulary) |
 
     `{layer}` in a cache name stands for 0 … layers − 1. Past and present are to be bound to one buffer, which
-    is written in place and has room for one token more than the sequence. With tokens in the cache, a batch
-    has one row or one token a row.
+    is then written in place. With tokens in the cache, a batch has one row or one token a row.
     """
 
     input_ids: str = "input_ids"

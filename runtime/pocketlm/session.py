@@ -57,7 +57,7 @@ class Session:
         if binding is None:
             binding = self._bindings[cache] = _Binding(self._session, self._io, self.dimensions, cache)
         logits = binding.run(ids, past, [count - 1] if rows is None else rows)
-        cache.ids.extend(ids)
+        cache.append(ids)
         return logits
 
 

@@ -48,8 +48,8 @@ def test_measures_what_it_says(int8_bundle: Path) -> None:
     assert 10 << 20 < report.resident_bytes <= report.peak_resident_bytes
     assert report.processor
     measuring = [call for call in calls if call[0] == "Measuring"]
-    assert measuring[0] == ("Measuring", 0, 4, "repetitions")
-    assert measuring[-1] == ("Measuring", 4, 4, "repetitions")
+    assert measuring[0] == ("Measuring", 0, 3, "repetitions")
+    assert measuring[-1] == ("Measuring", 3, 3, "repetitions")
 
 
 def test_json(int8_bundle: Path) -> None:

@@ -235,7 +235,7 @@ def test_a_tokenizer_that_no_answer_could_be_read_with(tmp_path: Path) -> None:
     tokenizer.decoder = decoders.WordPiece()
     checkpoint = dataclasses.replace(tiny_checkpoint(), tokenizer_json=tokenizer.to_str())
     source = write_folder(tmp_path / "source", checkpoint)
-    with pytest.raises(UnsupportedModelError, match="decodes with .*WordPiece"):
+    with pytest.raises(UnsupportedModelError, match=r"decodes with .*WordPiece"):
         export(source, tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -39,7 +39,7 @@ class Script:
         self.on_pass(len(ids))
         if self.error is not None:
             raise self.error
-        cache.ids.extend(ids)
+        cache.append(ids)
         logits = np.zeros((1, VOCABULARY), np.float32)
         logits[0, self.answer[len(cache) - self.skip]] = 9.0
         return logits
@@ -51,7 +51,8 @@ def sampler() -> Sampler:
 
 def cache_of(ids: Sequence[int]) -> KVCache:
     cache = KVCache(DIMENSIONS, 2048)
-    cache.ids.extend(ids)
+    cache.append(ids)
+    cache.settled = len(ids)
     return cache
 
 
@@ -62,6 +63,7 @@ def stream_of(
     eos: Sequence[int] = (END_OF_TEXT, IM_END),
     limit: int = 100,
     cached: Sequence[int] = (),
+    settle: bool = False,
     session: Any = None,
     on_end: Callable[[Stream], None] = lambda stream: None,
 ) -> Stream:
@@ -75,6 +77,7 @@ def stream_of(
         StopMatcher(stop),
         eos=eos,
         limit=limit,
+        settle=settle,
         on_end=on_end,
     )
 
@@ -94,9 +97,10 @@ class TestRewind:
         [
             ([], [1, 2], 0),
             ([1, 2, 3], [1, 2, 9, 9], 2),
-            ([1, 2, 3], [1, 2, 3, 4], 3),
-            ([1, 2, 3], [1, 2, 3], 2),  # the last one's logits have to be computed
-            ([1, 2, 3], [1, 2], 1),
+            ([1, 2, 3], [1, 2, 3, 4, 5], 3),
+            ([1, 2, 3], [1, 2, 3, 4], 2),  # no token is to be computed alone
+            ([1, 2, 3], [1, 2, 3], 1),  # and the last one's logits have to be
+            ([1, 2, 3], [1, 2], 0),
             ([1, 2, 3], [1], 0),
             ([9], [1, 2], 0),
         ],
@@ -110,7 +114,16 @@ class TestRewind:
 class TestPrefill:
     @pytest.mark.parametrize(
         ("cached", "chunk", "passes"),
-        [(0, 128, [10]), (0, 4, [4, 4, 2]), (0, 5, [5, 5]), (9, 4, [1]), (3, 4, [4, 3]), (0, 1, [1] * 10)],
+        [
+            (0, 128, [10]),
+            (0, 4, [4, 4, 2]),
+            (0, 5, [5, 5]),
+            (9, 4, [1]),
+            (3, 4, [4, 3]),
+            (0, 9, [8, 2]),  # no token goes alone
+            (0, 3, [3, 3, 2, 2]),
+            (0, 1, [1] * 10),
+        ],
     )
     def test_computes_only_what_lacks(self, cached: int, chunk: int, passes: list[int]) -> None:
         ids = list(range(10))
@@ -236,13 +249,45 @@ class TestStops:
 
 class TestCachedTokens:
     @pytest.mark.parametrize(
-        ("cached", "count"), [([], 0), (PROMPT[:1], 1), ([*PROMPT, D], 2), ([A, D, D], 1)]
+        ("cached", "count"), [([], 0), (PROMPT[:1], 1), ([*PROMPT, D], 1), ([A, D, D], 1)]
     )
     def test_only_the_rest_is_computed(self, cached: list[int], count: int) -> None:
         session = Script([D, END_OF_TEXT])
         completion = complete([], session=session, cached=cached)
         assert completion.usage.cached_tokens == count
         assert session.passes == [3 - count, 1]
+
+
+class TestSettling:
+    """An answer that something will follow is computed again, as a prompt."""
+
+    answer = (D, A, END_OF_TEXT)
+
+    def test_when_it_is_complete(self) -> None:
+        session = Script([*self.answer, A])
+        settled: list[int] = []
+        stream = stream_of(
+            [], session=session, settle=True, on_end=lambda stream: settled.append(stream.cache.settled)
+        )
+        assert [piece.token_id for piece in stream] == list(self.answer)
+        assert session.passes == [3, 1, 1, 3]
+        assert stream.cache.ids == [*PROMPT, *self.answer]
+        assert settled == [6]
+
+    def test_not_when_it_is_cancelled(self) -> None:
+        session = Script([*self.answer, A])
+        stream = stream_of([], session=session, settle=True)
+        next(stream), next(stream)
+        stream.close()
+        assert session.passes == [3, 1]
+        assert stream.cache.settled == 3
+
+    def test_not_when_nothing_follows(self) -> None:
+        session = Script([*self.answer, A])
+        stream = stream_of([], session=session)
+        assert len(list(stream)) == 3
+        assert session.passes == [3, 1, 1]
+        assert stream.cache.settled == 3
 
 
 class TestTimings:
@@ -254,13 +299,13 @@ class TestTimings:
         return now
 
     def test_clocks_stand_still_while_the_caller_holds_a_piece(self, clock: list[float]) -> None:
-        session = Script([A, B, C, END_OF_TEXT])
+        session = Script([A, B, C, END_OF_TEXT, A])
 
         def work(tokens: int) -> None:
             clock[0] += 2.0 * tokens if tokens > 1 else 0.5
 
         session.on_pass = work
-        stream = stream_of([], session=session, cached=PROMPT[:1])
+        stream = stream_of([], session=session, cached=PROMPT[:1], settle=True)
         clock[0] += 50
         for _ in stream:
             clock[0] += 100

@@ -27,8 +27,10 @@ DIMENSIONS = Dimensions(
 
 
 def cache_of(ids: Sequence[int]) -> KVCache:
+    """As behind a prompt of these tokens."""
     cache = KVCache(DIMENSIONS, 64)
-    cache.ids.extend(ids)
+    cache.append(ids)
+    cache.settled = len(ids)
     return cache
 
 
@@ -55,8 +57,30 @@ class TestCache:
     @pytest.mark.parametrize(
         ("ids", "shared"), [([], 0), ([1], 1), ([1, 2, 3], 3), ([1, 2, 3, 4], 3), ([1, 9, 3], 1), ([9], 0)]
     )
-    def test_common_prefix(self, ids: list[int], shared: int) -> None:
-        assert cache_of([1, 2, 3]).common_prefix(ids) == shared
+    def test_reusable(self, ids: list[int], shared: int) -> None:
+        assert cache_of([1, 2, 3]).reusable(ids) == shared
+
+    def test_only_what_was_computed_several_at_a_time_is_reusable(self) -> None:
+        cache = KVCache(DIMENSIONS, 64)
+        cache.append([1, 2, 3])
+        cache.append([4, 5])
+        assert cache.settled == 5
+        cache.append([6])
+        cache.append([7, 8])  # they have seen the one before
+        assert (cache.settled, cache.ids) == (5, [1, 2, 3, 4, 5, 6, 7, 8])
+        assert cache.reusable([1, 2, 3, 4, 5, 6, 7, 8]) == 5
+        assert cache.fork(7).settled == 5
+        cache.truncate(6)
+        assert cache.settled == 5
+        cache.truncate(4)
+        assert cache.settled == 4
+        cache.append([5, 6])
+        assert cache.settled == 6
+
+    def test_a_first_token_alone_is_not_settled(self) -> None:
+        cache = KVCache(DIMENSIONS, 64)
+        cache.append([1])
+        assert cache.reusable([1, 2]) == 0
 
     def test_truncate(self) -> None:
         cache = cache_of([1, 2, 3])
@@ -86,7 +110,7 @@ class TestCache:
         large = Dimensions(32, 4096, 8192, 32, 8, 128, 1000, 131_072)
         before = resident()
         cache = KVCache(large, 65_536)
-        assert cache.buffer.nbytes > 16 << 30
+        assert cache.buffer.nbytes >= 16 << 30
         assert resident() - before < 16 << 20
         # A few tokens touch a page or so for each layer, part and head: 512 of them.
         cache.buffer[..., :4, :] = 1
@@ -122,6 +146,14 @@ class TestPool:
         pool, (cache,) = pool_of([1, 2, 3, 4])
         assert pool.take([1, 2, 9]) is cache
 
+    def test_an_answer_that_nobody_can_reuse_is_no_loss(self) -> None:
+        pool, (cache,) = pool_of([1, 2, 3])
+        assert pool.take([1, 2, 3, 4]) is cache
+        for token_id in range(4, 20):
+            cache.append([token_id])
+        pool.give_back(cache)
+        assert pool.take([1, 2, 3, 9]) is cache
+
     def test_forgets_the_oldest(self) -> None:
         pool, caches = pool_of([1], [2], [3], keep=2)
         assert pool.take([1, 1]) not in caches
@@ -133,10 +165,10 @@ class TestPool:
         pool, _ = pool_of()
 
         class Collecting(KVCache):
-            def common_prefix(self, ids: Sequence[int]) -> int:
+            def reusable(self, ids: Sequence[int]) -> int:
                 if returned:
                     pool.give_back(returned.pop())
-                return super().common_prefix(ids)
+                return super().reusable(ids)
 
         late = cache_of([7, 8, 9])
         returned = [late]

@@ -73,7 +73,7 @@ def decoder(
     def add_norm(x: ir.Value, residual: ir.Value, path: str) -> tuple[ir.Value, ir.Value]:
         return add_rms_norm(g, x, residual, norms[path], config.norm_epsilon, path)
 
-    step = read_step(g, ids, past_lengths)
+    step = read_step(g, ids, past_lengths, config)
     residual = embedding(g, ids)
     normed = norm(residual, "layers.0.attention_norm")
     for n in range(config.layers):
