@@ -125,9 +125,10 @@ class _Export:
             else:
                 raise QualityGateError(
                     f"int8 diverges from fp32 by {best:.4f} nats per token at best, the quality gate is "
-                    f"{gate:g}. Export with --max-kl {best * 1.05:.4f} if that is good enough, or with "
+                    f"{gate:g}. Export with --max-kl {best * 1.05:.2g} if that is good enough, or with "
                     "--precision fp32."
                 )
+            del reference  # Windows removes no file that is mapped
         precision = Precision("int8", recipe.describe(len(finer), weights), layers)
         return self._finish(precision, prepared.calibration, quality)
 

@@ -35,7 +35,7 @@ class Settings(TypedDict, total=False):
     """How an answer is generated. `Sampling` tells what most of them mean; its defaults hold here too."""
 
     max_tokens: int | None  # None: until the context is full
-    stop: str | Sequence[str]  # the answer ends before any of these
+    stop: str | Sequence[str] | None  # the answer ends before any of these
     ignore_eos: bool  # go on behind the model's own end of text
     temperature: float
     top_k: int
@@ -177,7 +177,7 @@ class Model:
         on_end: Callable[[Stream], None] | None = None,
     ) -> Stream:
         sampling = dict(settings)
-        max_tokens, stop = sampling.pop("max_tokens", None), sampling.pop("stop", ())
+        max_tokens, stop = sampling.pop("max_tokens", None), sampling.pop("stop", None) or ()
         ignore_eos = sampling.pop("ignore_eos", False)
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise InvalidSettingError(f"max_tokens is {max_tokens!r}; a whole number from 1 on is expected.")

@@ -223,3 +223,9 @@ def test_a_tensor_of_another_shape(name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"{name} has shape \(3, 5\), the config calls for"):
         for linear in read_weights(tiny_checkpoint(change=change)).linears.values():
             linear.weight()
+
+
+def test_a_mistral_that_says_nothing_has_a_window_of_4096() -> None:
+    read = config_of(model_type="mistral", max_position_embeddings=8192)
+    assert read.sliding_window == 4096
+    assert config_of(model_type="llama", max_position_embeddings=8192).sliding_window is None

@@ -121,9 +121,10 @@ def _read_config(config: Mapping[str, Any]) -> DecoderConfig:
     if head_dim % 16:  # as ONNX Runtime's attention node asks
         raise UnsupportedModelError(f"The config's head_dim is {head_dim}; a multiple of 16 is expected.")
     context_length = _positive(config, "max_position_embeddings")
-    # A llama has no window, whatever its config says; transformers does not look at it either.
-    windowed = config["model_type"] == "mistral" and config.get("sliding_window") is not None
-    window = _positive(config, "sliding_window") if windowed else context_length
+    # As transformers has it: a llama has no window, whatever its config says, and a mistral that says
+    # nothing has one of 4096.
+    windowed = config["model_type"] == "mistral" and config.get("sliding_window", 4096) is not None
+    window = _positive({"sliding_window": 4096, **config}, "sliding_window") if windowed else context_length
     return DecoderConfig(
         family=str(config["model_type"]),
         layers=_positive(config, "num_hidden_layers"),
