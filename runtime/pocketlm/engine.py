@@ -177,7 +177,7 @@ class Model:
         on_end: Callable[[Stream], None] | None = None,
     ) -> Stream:
         sampling = dict(settings)
-        max_tokens, stop = sampling.pop("max_tokens", None), sampling.pop("stop", None) or ()
+        max_tokens, stop = sampling.pop("max_tokens", None), sampling.pop("stop", None)
         ignore_eos = sampling.pop("ignore_eos", False)
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise InvalidSettingError(f"max_tokens is {max_tokens!r}; a whole number from 1 on is expected.")
@@ -194,7 +194,7 @@ class Model:
 
         vocabulary = self.manifest.dimensions.vocabulary
         sampler = Sampler(Sampling(**sampling), vocabulary, ids)  # type: ignore[arg-type]  # checked there
-        stops = StopMatcher(stop)  # type: ignore[arg-type]  # likewise
+        stops = StopMatcher(() if stop is None else stop)  # type: ignore[arg-type]  # likewise
         return Stream(
             session,
             self._caches.take(ids),
