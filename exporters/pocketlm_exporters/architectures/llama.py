@@ -121,10 +121,12 @@ def _read_config(config: Mapping[str, Any]) -> DecoderConfig:
     if head_dim % 16:  # as ONNX Runtime's attention node asks
         raise UnsupportedModelError(f"The config's head_dim is {head_dim}; a multiple of 16 is expected.")
     context_length = _positive(config, "max_position_embeddings")
-    # As transformers has it: a llama has no window, whatever its config says, and a mistral that says
-    # nothing has one of 4096.
-    windowed = config["model_type"] == "mistral" and config.get("sliding_window", 4096) is not None
-    window = _positive({"sliding_window": 4096, **config}, "sliding_window") if windowed else context_length
+    window = context_length
+    # As transformers has it: a llama has no window, whatever its config says.
+    if config["model_type"] == "mistral":
+        with_default = {"sliding_window": 4096, **config}
+        if with_default["sliding_window"] is not None:
+            window = _positive(with_default, "sliding_window")
     return DecoderConfig(
         family=str(config["model_type"]),
         layers=_positive(config, "num_hidden_layers"),
