@@ -57,6 +57,7 @@ def test_json_makes_one_line_an_answer(model: FakeModel) -> None:
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert [answer["text"] for answer in answers] == ["several\nlines"] * 2
     assert answers[0]["finish_reason"] == "stop"
+    assert all(answer["energy"]["source"] for answer in answers)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,14 @@ def test_a_terminal_is_read_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
 def test_json_is_one_object_and_nothing_else(model: FakeModel) -> None:
     result = run("grüße", "--json", "--max-tokens", "1")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert json.loads(result.stdout) == {
+    answer = json.loads(result.stdout)
+    energy = answer.pop("energy")
+    assert energy.keys() == {
+        "source", "scope", "kind", "duration_s", "energy_j", "low_j", "high_j", "flags", "reason"
+    }  # fmt: skip
+    assert energy["kind"] in {"measured", "estimated"}
+    assert (energy["energy_j"] is None) is (energy["reason"] is not None)
+    assert answer == {
         "model": "fake",
         "text": "echo: ",
         "finish_reason": "length",

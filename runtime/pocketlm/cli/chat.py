@@ -14,7 +14,7 @@ import typer
 
 from pocketlm.cli import console, options
 from pocketlm.cli.line_input import LineInput, typing_ahead
-from pocketlm.cli.run import as_object, load, note_cut, summary
+from pocketlm.cli.run import as_object, begin_energy, load, note_cut, summary
 from pocketlm.errors import ContextOverflowError, PocketlmError, did_you_mean
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ class Conversation:
     def _print(self, text: str, interrupts: Interrupts) -> Completion:
         """Stream the answer to `text`; closing the stream keeps what there is of it in the conversation."""
         last = ""
+        window = begin_energy() if self.as_json else None
         try:
             with closing(self.chat.stream(text, **self.settings)) as stream:
                 for piece in stream:
@@ -163,8 +164,8 @@ class Conversation:
         finally:
             if last and not last.endswith("\n"):
                 console.write("\n")
-        if self.as_json:
-            console.write_json(as_object(self.model, stream.completion), indent=None)
+        if window is not None:
+            console.write_json(as_object(self.model, stream.completion, window.end()), indent=None)
         elif not last:
             console.write("\n")  # an empty answer is a line too
         return stream.completion

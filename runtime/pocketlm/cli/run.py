@@ -14,6 +14,7 @@ from pocketlm.errors import PromptError
 
 if TYPE_CHECKING:
     from pocketlm import Completion, Model, Stream
+    from pocketlm.energy import Reading, Window
 
 
 def run(
@@ -36,7 +37,8 @@ def run(
     as_json: Annotated[
         bool,
         typer.Option(
-            "--json", help="Print one JSON object: model, text, finish_reason, usage, timings (seconds)."
+            "--json",
+            help="Print one JSON object: model, text, finish_reason, usage, timings (in seconds), energy.",
         ),
     ] = False,
     verbose: options.Verbose = False,
@@ -69,11 +71,12 @@ def run(
     )
 
     with load(model, precision=precision, context_length=context_length, threads=threads) as loaded:
+        window = begin_energy() if as_json else None
         stream = loaded.stream(text, system=system, raw=raw, **settings)
         with closing(stream):
             completion = _collect(stream) if as_json else print_answer(stream)
-        if as_json:
-            console.write_json(as_object(loaded, completion))
+        if window is not None:
+            console.write_json(as_object(loaded, completion, window.end()))
         else:
             note_cut(loaded, completion, max_tokens)
         if verbose:
@@ -154,7 +157,14 @@ def _collect(stream: Stream) -> Completion:
     return stream.completion
 
 
-def as_object(model: Model, completion: Completion) -> dict[str, Any]:
+def begin_energy() -> Window:
+    """A window of this machine's best source of energy figures, most often an estimate."""
+    from pocketlm.energy import find_probe
+
+    return find_probe().probe.begin()
+
+
+def as_object(model: Model, completion: Completion, reading: Reading) -> dict[str, Any]:
     """What `--json` prints."""
     return {
         "model": model.name,
@@ -165,6 +175,11 @@ def as_object(model: Model, completion: Completion) -> dict[str, Any]:
             "total_tokens": completion.usage.total_tokens,
         },
         "timings": {"load_s": model.load_s, **dataclasses.asdict(completion.timings)},
+        "energy": {
+            field.name: getattr(reading, field.name)
+            for field in dataclasses.fields(reading)
+            if field.name != "parts_j"
+        },
     }
 
 
