@@ -37,6 +37,7 @@ class Settings(TypedDict, total=False):
     max_tokens: int | None  # None: until the context is full
     stop: str | Sequence[str] | None  # the answer ends before any of these
     ignore_eos: bool  # go on behind the model's own end of text
+    cache_prompt: bool  # False: compute the whole prompt, whatever of it is cached; for measuring
     temperature: float
     top_k: int
     top_p: float
@@ -178,7 +179,7 @@ class Model:
     ) -> Stream:
         sampling = dict(settings)
         max_tokens, stop = sampling.pop("max_tokens", None), sampling.pop("stop", None)
-        ignore_eos = sampling.pop("ignore_eos", False)
+        ignore_eos, cache_prompt = sampling.pop("ignore_eos", False), sampling.pop("cache_prompt", True)
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise InvalidSettingError(f"max_tokens is {max_tokens!r}; a whole number from 1 on is expected.")
         session, room = self._open_session(), self.context_length - len(ids)
@@ -197,7 +198,7 @@ class Model:
         stops = StopMatcher(() if stop is None else stop)  # type: ignore[arg-type]  # likewise
         return Stream(
             session,
-            self._caches.take(ids),
+            self._caches.take(ids if cache_prompt else ()),
             ids,
             sampler,
             self.tokenizer.stream(continues=True),

@@ -83,6 +83,13 @@ class TestAnswers:
         completion = model.generate(PROMPT, logit_bias={IM_END: 1e4}, ignore_eos=True, max_tokens=5)
         assert facts(completion) == ("", (IM_END,) * 5, "length", 20)
 
+    def test_a_prompt_is_computed_anew_on_request(self, model: Model) -> None:
+        first = model.generate(PROMPT, max_tokens=5)
+        again = model.generate(PROMPT, max_tokens=5, cache_prompt=False)
+        assert again.usage.cached_tokens == 0
+        assert facts(again) == facts(first)
+        assert model.generate(PROMPT, max_tokens=5).usage.cached_tokens == len(PROMPT) - 2
+
     def test_it_ends_where_the_context_is_full(self, int8_bundle: Path) -> None:
         with pocketlm.load(int8_bundle, context_length=32) as model:
             assert model.context_length == 32

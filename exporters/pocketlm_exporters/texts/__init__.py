@@ -11,8 +11,13 @@ VERIFICATION = "verification.txt"
 
 
 def windows(name: str, tokenizer: Tokenizer, size: int) -> list[list[int]]:
-    """The text `name` as sequences of at most `size` tokens, each with what the model expects at a start."""
+    """The text `name` as `split` cuts it."""
     text = resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return split(text, tokenizer, size)
+
+
+def split(text: str, tokenizer: Tokenizer, size: int) -> list[list[int]]:
+    """`text` as sequences of at most `size` tokens, each with what the model expects at a start."""
     start = tokenizer.encode("")
     ids = tokenizer.encode(text, add_bos=False)
     room = size - len(start)
