@@ -5,8 +5,11 @@ Exit codes are those of the command line, and 3 for a regression that `compare` 
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -177,7 +180,7 @@ def bench(
         quality_text=quality,
         reference=reference,
         sustain_s=None if sustain is None else parse_duration(sustain),
-        command=shlex.join(["pocketlm", "bench", *ctx.meta.get(_ARGUMENTS, [])]),
+        command=shlex.join(["pocketlm", "bench", *map(_without_folders, ctx.meta.get(_ARGUMENTS, []))]),
     )
     with console.progress() as progress:
         result = bench(model, options, progress=progress)
@@ -259,12 +262,27 @@ class _Outputs:
         if sum(map(_is_stdout, given)) > 1:
             raise InvalidSettingError("only one kind of output can go to standard output.")
         self._table = not any(map(_is_stdout, given))
-        for path in given:
-            if not _is_stdout(path) and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise StorageError(f"{path} cannot be written: a file in a folder that exists is expected.")
+        files = [path.absolute() for path in given if not _is_stdout(path)]
+        for path in files:
+            if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+                raise StorageError(
+                    f"{path} cannot be written: a file in a folder that you may write to is expected."
+                )
+            if files.count(path) > 1:
+                raise InvalidSettingError(f"{path} is named for two outputs; each needs a file of its own.")
 
     def write(self, results: Sequence[Result]) -> None:
-        from pocketlm.files import atomic_write
+        """Writes all of them, whatever becomes of one; then raises the first error."""
+        failures: list[Exception] = []
+        for write in self._writers(results):
+            try:
+                write()
+            except Exception as error:  # whatever it is, the others hold an hour's work
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def _writers(self, results: Sequence[Result]) -> Iterator[Callable[[], None]]:
         from pocketlm_benchmarks.reports.html import to_html
         from pocketlm_benchmarks.reports.markdown import to_markdown
         from pocketlm_benchmarks.reports.table import to_csv
@@ -272,23 +290,44 @@ class _Outputs:
         from pocketlm_benchmarks.result import to_json, write_result
 
         # What takes no rendering first: it holds everything.
-        if self._json is not None and _is_stdout(self._json):
-            console.write_json(to_json(results[0]))
-        elif self._json is not None:
-            write_result(results[0], self._json)
+        if (json_file := self._json) is not None:
+            if _is_stdout(json_file):
+                yield lambda: console.write_json(to_json(results[0]))
+            else:
+                yield lambda: write_result(results[0], json_file)
         for kind, render in (("html", to_html), ("markdown", to_markdown), ("csv", to_csv)):
             path = self._files[kind]
-            if path is not None and _is_stdout(path):
-                console.write(render(results))
-            elif path is not None:
-                atomic_write(path, render(results))
+            if path is not None:
+                yield partial(_write, render, results, path)
         if self._table:
             for result in results:
-                print_result(result)
+                yield partial(print_result, result)
+
+
+def _write(render: Callable[[Sequence[Result]], str], results: Sequence[Result], path: Path) -> None:
+    from pocketlm.files import atomic_write
+
+    if _is_stdout(path):
+        console.write(render(results))
+    else:
+        atomic_write(path, render(results))
 
 
 def _is_stdout(path: Path) -> bool:
     return str(path) == _STDOUT
+
+
+def _without_folders(argument: str) -> str:
+    """The argument with names instead of absolute paths, which are nobody's business and of use to nobody."""
+    return ",".join(map(_name_only, re.split(r",(?=[\w.-]*=|https?://)", argument)))
+
+
+def _name_only(text: str) -> str:
+    option, separator, value = text.partition("=")
+    for path, before in ((text, ""), (value, option + separator)):
+        if Path(path).is_absolute():
+            return before + Path(path).name
+    return text
 
 
 def _sizes(option: str, text: str) -> tuple[int, ...]:

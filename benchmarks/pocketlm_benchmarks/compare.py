@@ -45,6 +45,7 @@ ALL = "all"
 METRICS = (
     "ttft_s",
     "tpot_s",
+    "e2el_s",
     "prefill_tokens_per_s",
     "decode_tokens_per_s",
     "throughput_tokens_per_s",

@@ -10,11 +10,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from pocketlm.energy.reading import JOULES_PER_WH, Reading
 from pocketlm_benchmarks.engines.protocol import EngineInfo, Trace
 from pocketlm_benchmarks.result import Block, Case, EnergyPerQuery, Figure, Measurement, Ratio
-from pocketlm_benchmarks.statistics import drift, figure, summarize
+from pocketlm_benchmarks.statistics import drift, figure, summarize_rounds
 
 ENERGY = "energy_j"
 """Of a query, idle power included."""
@@ -83,20 +84,23 @@ class Raw:
 
 def measurement(engine: str, case: Case, raw: Raw) -> Measurement:
     """The figures of all rounds."""
-    by_round = [samples_of(case, raw.info, block) for block in raw.blocks]
+    by_round = [
+        {metric: [round(value, 9) for value in values] for metric, values in samples.items()}
+        for samples in (samples_of(case, raw.info, block) for block in raw.blocks)
+    ]
     blocks = [_block(block) for block in raw.blocks]
-    samples: Samples = defaultdict(list)
+    rounds: dict[str, list[list[float]]] = defaultdict(list)
     for each in by_round:
         for metric, values in each.items():
-            samples[metric] += [round(value, 9) for value in values]
+            rounds[metric].append(values)
     return Measurement(
         engine=engine,
         case=case.name,
-        metrics={metric: summarize(values) for metric, values in samples.items()},
-        samples=dict(samples),
+        metrics={metric: summarize_rounds(values) for metric, values in rounds.items()},
+        samples={metric: list(chain.from_iterable(values)) for metric, values in rounds.items()},
         blocks=blocks,
         energy=energy_per_query(case, blocks),
-        flags=list(_flags(case, by_round)),
+        flags=[*_cut_short(case, raw.blocks), *_flags(case, by_round)],
     )
 
 
@@ -174,10 +178,13 @@ def _per_query(blocks: Sequence[Block], idle: bool) -> Figure | None:
     for block in blocks:
         if block.energy_j is None or (idle and block.idle_power_w is None):
             continue
-        floor = (block.idle_power_w or 0.0) * block.duration_s if idle else 0.0
-        low = block.energy_j if block.low_j is None else block.low_j
-        high = block.energy_j if block.high_j is None else block.high_j
-        used.append(tuple((value - floor) / block.queries for value in (block.energy_j, low, high)))  # type: ignore[arg-type]
+        value = block.energy_j - ((block.idle_power_w or 0.0) * block.duration_s if idle else 0.0)
+        # By whatever factor an estimate is off, its idle power is too.
+        ends = [
+            value if end is None or not block.energy_j else value * (end / block.energy_j)
+            for end in (block.low_j, block.high_j)
+        ]
+        used.append((value / block.queries, min(ends) / block.queries, max(ends) / block.queries))
     if not used:
         return None
     values, lows, highs = zip(*used, strict=True)
@@ -187,6 +194,13 @@ def _per_query(blocks: Sequence[Block], idle: bool) -> Figure | None:
     return Figure(
         spread.value, min(spread.low, statistics.median(lows)), max(spread.high, statistics.median(highs))
     )
+
+
+def _cut_short(case: Case, blocks: Sequence[RawBlock]) -> Iterator[str]:
+    traces = [trace for block in blocks for trace in block.traces]
+    short = sum(trace.new_tokens < case.new_tokens for trace in traces)
+    if short:
+        yield f"less work: {short} of {len(traces)} answers ended before their {case.new_tokens} tokens"
 
 
 def _flags(case: Case, by_round: Sequence[Samples]) -> Iterator[str]:

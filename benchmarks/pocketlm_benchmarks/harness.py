@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +19,10 @@ from pocketlm.threads import thread_count
 from pocketlm.tokenizer import Tokenizer
 from pocketlm_benchmarks.cases import Work, grid, workload
 from pocketlm_benchmarks.conditions import Conditions
-from pocketlm_benchmarks.cross_check import codecarbon
+from pocketlm_benchmarks.cross_check import codecarbon, load_codecarbon
 from pocketlm_benchmarks.device import describe_device
 from pocketlm_benchmarks.engines.process import EngineProcess
-from pocketlm_benchmarks.engines.protocol import EngineSpec
+from pocketlm_benchmarks.engines.protocol import EngineError, EngineSpec
 from pocketlm_benchmarks.engines.registry import PeerSpec
 from pocketlm_benchmarks.figures import measurement, ratios
 from pocketlm_benchmarks.loads import Start
@@ -85,39 +86,49 @@ def bench(
         raise InvalidSettingError(
             "a sustained load decodes; it needs a decode case, and there are no depths."
         )
+    for kind in options.peer_pythons.keys() - {peer.kind for peer in options.peers}:
+        raise InvalidSettingError(f"--peer-python names {kind}, which --against does not.")
     begun_s = time.monotonic()
     bundle = open_bundle(find_bundle(name_or_path, precision=options.precision, progress=progress))
     threads = thread_count(options.threads)
     works = _works(bundle, options)
     context_length = max(work.context_length for work in works)
-    quality = _measured_quality(name_or_path, bundle, options, threads, progress)
-    device = describe_device()
-    peaks = measure_peaks(threads, progress)
-    plan = Plan(
-        engines=_specs(bundle, options, threads, context_length),
-        works=works,
-        rounds=options.rounds,
-        seed=options.seed,
-        warm_loads=1 if options.quick else 3,
-        warm_up_most=2 if options.quick else 6,
-    )
-    meter = Meter(options.meter_log) if options.energy else None
-    run = Run(plan, start, meter, progress)
-    conditions = Conditions(lambda: run.pids)
     sustained: list[Sustained] = []
+    flags: list[str] = []
+    with ExitStack() as stack:
+        # Whatever may be wrong shows here, not behind an hour of measuring.
+        work_of(bundle.manifest)
+        if options.cross_check:
+            load_codecarbon()
+        meter = Meter(options.meter_log) if options.energy else None
+        if meter is not None:
+            stack.callback(meter.close)
+        quality = _measured_quality(name_or_path, bundle, options, threads, progress)
+        device = describe_device()
+        peaks = measure_peaks(threads, progress)
+        plan = Plan(
+            engines=_specs(bundle, options, threads, context_length),
+            works=works,
+            rounds=options.rounds,
+            seed=options.seed,
+            warm_loads=1 if options.quick else 3,
+            warm_up_most=2 if options.quick else 6,
+        )
+        run = Run(plan, start, meter, progress)
+        conditions = Conditions(lambda: run.pids)
 
-    def load_on(ours: Contender) -> None:
-        if options.sustain_s is not None and ours.engine is not None:
-            decode = next(work for work in works if work.case.kind == "decode")
-            sustained.append(sustain(ours.engine, decode, options.sustain_s, meter, progress))
+        def while_loaded(ours: Contender) -> None:
+            if options.sustain_s is not None and ours.engine is not None:
+                decode = next(work for work in works if work.case.kind == "decode")
+                try:
+                    sustained.append(sustain(ours.engine, decode, options.sustain_s, meter, progress))
+                except EngineError as error:  # no reason to lose the rounds
+                    flags.append(f"The sustained load failed: {error}")
+            # Of a process that has ended, only Linux still tells the processor time.
+            flags.extend(conditions.flags())
 
-    with codecarbon(enabled=options.cross_check) as cross_check:
-        try:
-            run.measure(load_on)
-            flags = conditions.flags()
-        finally:
-            if meter is not None:
-                meter.close()
+        with codecarbon(enabled=options.cross_check) as cross_check:
+            run.measure(while_loaded)
     measurements = list(_measurements(run.contenders, works))
     cases = [work.case for work in works]
     return Result(
@@ -179,22 +190,31 @@ def _specs(bundle: Bundle, options: Options, threads: int, context_length: int) 
     for peer in options.peers:
         python = options.peer_pythons.get(peer.kind)
         program = options.llama_bench if peer.kind == "llama-bench" else None
-        specs[_label(peer, options.peers)] = EngineSpec(
+        specs[_label(peer, options.peers, specs)] = EngineSpec(
             peer.kind, peer.weights, threads, context_length, python, program
         )
     return specs
 
 
-def _label(peer: PeerSpec, peers: Sequence[PeerSpec]) -> str:
-    """The kind, and the weights with it where the same engine runs on several."""
+def _label(peer: PeerSpec, peers: Sequence[PeerSpec], taken: Collection[str]) -> str:
+    """The kind; with the weights where an engine runs on several, and a number if their name comes again."""
     if sum(other.kind == peer.kind for other in peers) == 1:
         return peer.kind
-    return f"{peer.kind} {_weights_name(peer.weights)}"
+    name = f"{peer.kind} {_weights_name(peer.weights)}"
+    number = 1 + sum(each == name or each.startswith(f"{name} ") for each in taken)
+    return name if number == 1 else f"{name} {number}"
 
 
 def _weights_name(weights: str) -> str:
     """Never a path of the machine, which is nobody's business."""
     return weights if "://" in weights else Path(weights).name
+
+
+def _without_paths(message: str, spec: EngineSpec) -> str:
+    """What an engine said, with names instead of paths of the machine."""
+    for path in (spec.weights, spec.python, spec.program):
+        message = message.replace(path, _weights_name(path)) if path else message
+    return message.replace(str(Path.home()), "~")
 
 
 def _measurements(contenders: Sequence[Contender], works: Sequence[Work]) -> list[Measurement]:
@@ -205,7 +225,8 @@ def _measurements(contenders: Sequence[Contender], works: Sequence[Work]) -> lis
             if name in each.raw and each.raw[name].blocks:
                 found.append(measurement(each.name, work.case, each.raw[name]))
             elif name in each.refused:
-                found.append(Measurement(each.name, name, {}, {}, [], None, skipped=each.refused[name]))
+                why = _without_paths(each.refused[name], each.spec)
+                found.append(Measurement(each.name, name, {}, {}, [], None, skipped=why))
     return found
 
 
@@ -236,7 +257,7 @@ def _engine_result(each: Contender) -> EngineResult:
         load_warm_s=each.loads.warm_s if each.loads else None,
         memory=each.memory,
         note=info.note if info else "",
-        skipped=each.skipped,
+        skipped=None if each.skipped is None else _without_paths(each.skipped, each.spec),
     )
 
 

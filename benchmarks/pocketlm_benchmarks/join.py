@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from pocketlm.energy import MeterLog, energy_between
+from pocketlm.energy.meter_log import Log, MeterLog, integrate, read_log
 from pocketlm_benchmarks.figures import ENERGY, energy_per_query, reading_flags
-from pocketlm_benchmarks.metering import NOTES
+from pocketlm_benchmarks.metering import note
 from pocketlm_benchmarks.result import Block, IdleWindow, Result, ResultError, Sustained
 
 
@@ -23,14 +23,14 @@ def join(result: Result, log: Path) -> Result:
         raise ResultError(
             "the result was made with --no-energy, so it has no idle windows. Measure again without it."
         )
-    idle = [_idle(window, log) for window in result.energy.idle]
+    samples, probe = read_log(log), MeterLog(log)
+    idle = [_idle(window, samples) for window in result.energy.idle]
     cases = {case.name: case for case in result.cases}
     measurements = []
     for each in result.measurements:
-        blocks = [_block(block, idle, log) for block in each.blocks]
+        blocks = [_block(block, idle, samples, probe.least_window_s) for block in each.blocks]
         energy = energy_per_query(cases[each.case], blocks)
         measurements.append(dataclasses.replace(each, blocks=blocks, energy=energy))
-    probe = MeterLog(log)
     return dataclasses.replace(
         result,
         measurements=measurements,
@@ -42,20 +42,26 @@ def join(result: Result, log: Path) -> Result:
             kind=probe.kind,
             resolution_j=probe.resolution_j,
             least_window_s=probe.least_window_s,
-            note=NOTES[probe.kind],
+            note=note(probe.scope, probe.kind),
             idle=idle,
         ),
         sustained=None if result.sustained is None else _without_power(result.sustained),
     )
 
 
-def _idle(window: IdleWindow, log: Path) -> IdleWindow:
-    reading = energy_between(log, window.started_unix_s, window.started_unix_s + window.duration_s)
+def _idle(window: IdleWindow, log: Log) -> IdleWindow:
+    reading = integrate(log, window.started_unix_s, window.started_unix_s + window.duration_s)
     return dataclasses.replace(window, power_w=reading.power_w)
 
 
-def _block(block: Block, idle: Sequence[IdleWindow], log: Path) -> Block:
-    reading = energy_between(log, block.started_unix_s, block.started_unix_s + block.duration_s)
+def _block(block: Block, idle: Sequence[IdleWindow], log: Log, least_window_s: float) -> Block:
+    reading = integrate(log, block.started_unix_s, block.started_unix_s + block.duration_s)
+    flags = reading_flags(reading)
+    # A block's length was chosen for another source.
+    if reading.energy_j is not None and block.duration_s < least_window_s:
+        flags.append(
+            f"the window is {block.duration_s:.3g} s long; {reading.source} needs {least_window_s:g} s"
+        )
     around_w = [window.power_w for window in idle[block.round : block.round + 2]]
     known_w = [power_w for power_w in around_w if power_w is not None]
     return dataclasses.replace(
@@ -64,7 +70,7 @@ def _block(block: Block, idle: Sequence[IdleWindow], log: Path) -> Block:
         low_j=reading.low_j,
         high_j=reading.high_j,
         idle_power_w=statistics.fmean(known_w) if len(known_w) == 2 else None,
-        flags=reading_flags(reading),
+        flags=flags,
     )
 
 

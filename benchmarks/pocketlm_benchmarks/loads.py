@@ -66,12 +66,15 @@ def drop_from_page_cache(path: Path) -> bool:
     """
     if not hasattr(os, "posix_fadvise") or not hasattr(os, "preadv") or not hasattr(os, "RWF_NOWAIT"):
         return False
-    paths = [each for each in _files(path) if each.stat().st_size]
-    for each in paths:
-        with each.open("rb") as file:
-            os.fsync(file.fileno())  # a page that is not on the disk yet is never dropped
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return bool(paths) and not any(map(_is_cached, paths))
+    try:
+        paths = [each for each in _files(path) if each.stat().st_size]
+        for each in paths:
+            with each.open("rb") as file:
+                os.fsync(file.fileno())  # a page that is not on the disk yet is never dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return bool(paths) and not any(map(_is_cached, paths))
+    except OSError:  # a file that may not be read, or a file system that does none of this
+        return False
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from pocketlm.energy import Found, Probe, Window, find_probe
+from pocketlm.energy import Found, Kind, Probe, Scope, Window, find_probe
 from pocketlm_benchmarks.result import EnergySetup, IdleWindow, Reference
 
 ESTIMATE_WINDOW_S = 1.0
@@ -94,8 +94,8 @@ class Meter:
 
     def idle(self, pid: int) -> IdleWindow:
         """A window in which nothing is asked of the engines."""
-        started_unix_s = time.time()
         window = self.begin(pid)
+        started_unix_s = time.time()
         self._sleep(self.least_window_s)
         reading = window.end()
         return IdleWindow(started_unix_s, reading.duration_s, reading.power_w)
@@ -108,7 +108,7 @@ class Meter:
             kind=probe.kind,
             resolution_j=probe.resolution_j,
             least_window_s=self.least_window_s,
-            note=NOTES[probe.kind],
+            note=note(probe.scope, probe.kind),
             absent={each.source: _why(each.reason, each.remedy) for each in self._found.absent},
             cross_check=cross_check,
             references=REFERENCES,
@@ -120,11 +120,20 @@ class Meter:
             probe.close()
 
 
-NOTES = {
-    "measured": "Measured; idle power is subtracted in the marginal figures.",
-    "estimated": "An estimate from processor time, not a measurement: its interval is wide, its ratios are "
-    "those of processor time.",
-}
+def note(scope: Scope, kind: Kind) -> str:
+    """What a reader has to know of all figures from such a source."""
+    if scope == "process":
+        return (
+            "An estimate from processor time, not a measurement: it holds no idle power and nothing beside "
+            "the processor's cores, its interval is wide, its ratios are those of processor time."
+        )
+    told = "Idle power is subtracted in the marginal figures."
+    if kind == "measured":
+        return f"Measured. {told}"
+    return (
+        "An estimate, not a measurement: the counters of a virtual machine are what its host attributes to "
+        f"it, and the interval is wide. {told}"
+    )
 
 
 def _why(reason: str, remedy: str | None) -> str:

@@ -48,7 +48,7 @@ class Summary:
     """How many samples."""
     median: float
     low: float | None
-    """The median's 95 % bootstrap interval; None for a single sample."""
+    """The median's 95 % bootstrap interval, which draws whole rounds; None for a single sample."""
     high: float | None
     minimum: float
     maximum: float
@@ -232,7 +232,7 @@ class Ratio:
     peer: str
     case: str
     metric: str
-    """As in Measurement.metrics, or marginal_energy_j, energy_j."""
+    """As in Measurement.metrics, or energy_j."""
     better: Figure
     """How many times better ours is: above 1 ours is faster, or takes less."""
     n: int
@@ -312,6 +312,7 @@ class Sustained:
     """The same load without a pause."""
 
     duration_s: float
+    """Until its last answer."""
     points: list[SustainedPoint]
     last_over_first: float
     """Rate of the last third over the first third's."""
@@ -340,7 +341,7 @@ class Result:
     """ISO 8601, UTC."""
     duration_s: float
     command: str
-    """What repeats it."""
+    """What repeats it, with the names of files instead of their paths on this machine."""
     device: Device
     model: ModelInfo
     settings: Settings

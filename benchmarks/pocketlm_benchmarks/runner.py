@@ -22,7 +22,6 @@ from pocketlm.energy import Window
 from pocketlm.progress import Progress
 from pocketlm_benchmarks.cases import Work
 from pocketlm_benchmarks.engines.protocol import EngineError, EngineMissingError, EngineSpec, Trace
-from pocketlm_benchmarks.engines.registry import SERVER
 from pocketlm_benchmarks.figures import Raw, RawBlock
 from pocketlm_benchmarks.loads import Loads, RunningEngine, Start, load
 from pocketlm_benchmarks.memory import memory_of
@@ -30,7 +29,6 @@ from pocketlm_benchmarks.metering import Meter
 from pocketlm_benchmarks.result import OURS, IdleWindow, Memory
 from pocketlm_benchmarks.statistics import settled
 
-WARM_UP_LEAST = 2
 IDLE_DRIFT = 0.10  # idle powers before and after a round that differ by more are flagged
 
 
@@ -91,7 +89,9 @@ class Run:
             self._warm_up()
             self._rounds()
             for each in self._loaded():
-                each.memory = memory_of(each.engine.pid) if each.engine else None
+                engine = _engine(each)
+                # Where another process computes, this one says nothing of what the model takes.
+                each.memory = memory_of(engine.pid) if engine.info.energy_seen == "process" else None
             if then is not None:
                 then(next(each for each in self.contenders if each.name == OURS))
         finally:
@@ -128,9 +128,7 @@ class Run:
         """Until the times have settled; then as many groups go into a block as its window takes."""
         walls_s: list[float] = []
         powers_w: list[float] = []
-        while len(walls_s) < self._plan.warm_up_most and not (
-            len(walls_s) >= WARM_UP_LEAST and settled(walls_s)
-        ):
+        while len(walls_s) < self._plan.warm_up_most and not settled(walls_s):
             block = self._block(each, work, groups=1, round_=-1)
             walls_s += block.walls_s
             if block.reading is not None and block.reading.power_w is not None:
@@ -177,29 +175,32 @@ class Run:
         walls_s: list[float] = []
         first = each.used.get(work.case.name, 0)
         each.used[work.case.name] = first + groups
+        window = self._window(engine)
         started_unix_s, started_s = time.time(), time.monotonic()
-        window = self._window(each, engine.pid)
         try:
             for n in range(first, first + groups):
                 answered = engine.answer(work.groups[n % len(work.groups)])
                 traces += answered.traces
                 walls_s += answered.walls_s
         finally:
+            duration_s = time.monotonic() - started_s
             reading = None if window is None else window.end()
         return RawBlock(
             round=round_,
             started_unix_s=started_unix_s,
-            duration_s=time.monotonic() - started_s,
+            duration_s=duration_s if reading is None else reading.duration_s,
             traces=traces,
             walls_s=walls_s,
             reading=reading,
         )
 
-    def _window(self, each: Contender, pid: int) -> Window | None:
-        # An estimate from processor time would be that of our side of the connection.
-        if self._meter is None or (each.spec.kind == SERVER and not self._meter.sees_the_system):
+    def _window(self, engine: RunningEngine) -> Window | None:
+        """None where the readings would leave out what the engine uses, or hold what is not its own."""
+        if self._meter is None or engine.info.energy_seen == "never":
             return None
-        return self._meter.begin(pid)
+        if engine.info.energy_seen == "machine" and not self._meter.sees_the_system:
+            return None
+        return self._meter.begin(engine.pid)
 
     def _measure_idle(self) -> None:
         if self._meter is not None:

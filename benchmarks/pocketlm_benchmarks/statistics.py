@@ -24,10 +24,22 @@ _SEED = 0
 
 def summarize(samples: Sequence[float]) -> Summary:
     """Median, interval and percentiles of at least one sample; ValueError for none."""
-    if not samples:
+    return summarize_rounds([[sample] for sample in samples])
+
+
+def summarize_rounds(rounds: Sequence[Sequence[float]]) -> Summary:
+    """Of all rounds' samples together, at least one; the interval holds how much the rounds differ.
+
+    What is drawn again is whole rounds (the cluster bootstrap: Davison and Hinkley, 1997, section 3.8). The
+    samples of a round resemble each other, for the device's state is the same: drawn one by one, thousands of
+    gaps between tokens would give an interval that is far too narrow. A single round has only its samples.
+    """
+    rounds = [each for each in rounds if len(each)]
+    if not rounds:
         raise ValueError("there is no sample to summarize")
-    values = np.asarray(samples, np.float64)
-    interval = median_interval(values) if len(values) > 1 else None
+    values = np.concatenate([np.asarray(each, np.float64) for each in rounds])
+    drawn = rounds if len(rounds) > 1 else [[value] for value in rounds[0]]
+    interval = _interval_of_rounds(drawn) if len(values) > 1 else None
     return Summary(
         n=len(values),
         median=float(np.median(values)),
@@ -51,6 +63,30 @@ def median_interval(samples: Sequence[float] | NDArray[np.float64]) -> tuple[flo
     medians = resampled_medians(samples, np.random.default_rng(_SEED))
     low, high = np.quantile(medians, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def _interval_of_rounds(rounds: Sequence[Sequence[float]]) -> tuple[float, float]:
+    if all(len(each) == 1 for each in rounds):
+        return median_interval([each[0] for each in rounds])
+    drawn = np.random.default_rng(_SEED).integers(0, len(rounds), (_RESAMPLES, len(rounds)))
+    counts = (drawn[:, :, None] == np.arange(len(rounds))).sum(axis=1)
+    batch = max(1, _BATCH // sum(map(len, rounds)))
+    parts = [
+        medians_of_rounds(rounds, counts[begin : begin + batch]) for begin in range(0, _RESAMPLES, batch)
+    ]
+    low, high = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def medians_of_rounds(rounds: Sequence[Sequence[float]], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(draws) medians of all samples where round n was drawn `counts[draw, n]` times."""
+    values = np.concatenate([np.asarray(each, np.float64) for each in rounds])
+    order = np.argsort(values, kind="stable")
+    values, round_of = values[order], np.repeat(np.arange(len(rounds)), [len(each) for each in rounds])[order]
+    reached = np.cumsum(counts[:, round_of], axis=1)  # samples up to each value
+    half = reached[:, -1:] / 2
+    lower, upper = (reached >= half).argmax(axis=1), (reached > half).argmax(axis=1)
+    return np.asarray((values[lower] + values[upper]) / 2, np.float64)
 
 
 def resampled_medians(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from typer.testing import CliRunner
 
 from helpers.results import a_model, a_result
 from pocketlm.cli import build_app
-from pocketlm.errors import MissingExtraError
+from pocketlm.errors import MissingExtraError, StorageError
 from pocketlm_benchmarks import harness
+from pocketlm_benchmarks import result as result_module
 from pocketlm_benchmarks.cli import EXIT_REGRESSION
 from pocketlm_benchmarks.engines.registry import PeerSpec
 from pocketlm_benchmarks.harness import Options
@@ -50,7 +53,7 @@ class TestBench:
         assert (result.exit_code, result.exception) == (0, None)
         written = read_result(tmp_path / "r.json")
         assert [case.name for case in written.cases] == ["pp16", "tg4", "tg4@d16"]
-        assert written.command.startswith(f"pocketlm bench {int8_bundle} --prompt-tokens 16")
+        assert written.command.startswith(f"pocketlm bench {int8_bundle.name} --prompt-tokens 16")
         memory = written.engines[0].memory
         assert memory is not None
         assert memory.peak_bytes is None or memory.peak_bytes > 10 << 20
@@ -104,6 +107,48 @@ class TestBench:
         )
         assert asked[0][1].command.startswith("pocketlm bench m --precision int8 ")
 
+    def test_the_command_names_no_folder_of_the_machine(
+        self, asked: list[tuple[str, Options]], tmp_path: Path
+    ) -> None:
+        gguf = tmp_path / "model, 2=2.gguf"
+        gguf.write_bytes(b"GGUF")
+        against = f"llama.cpp={gguf},llama-bench={gguf},server=http://127.0.0.1:8080/v1"
+        text = tmp_path / "letter.txt"
+        run(tmp_path / "bundle", f"--quality={text}", "--reference", tmp_path, "--against", against)
+        assert shlex.split(asked[0][1].command) == [
+            *(
+                "pocketlm",
+                "bench",
+                "bundle",
+                "--quality=letter.txt",
+                "--reference",
+                tmp_path.name,
+                "--against",
+            ),
+            "llama.cpp=model, 2=2.gguf,llama-bench=model, 2=2.gguf,server=http://127.0.0.1:8080/v1",
+        ]
+
+    def test_an_output_that_fails_leaves_the_others(
+        self, asked: list[tuple[str, Options]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any) -> None:
+            raise StorageError("the disk is full")
+
+        monkeypatch.setattr(result_module, "write_result", full)
+        result = run("m", "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv")
+        assert result.exit_code == 1
+        assert "the disk is full" in result.stderr
+        assert "pp512" in result.stdout
+        assert "pp512" in (tmp_path / "r.csv").read_text()
+
+    def test_a_folder_that_cannot_be_written_shows_at_once(
+        self, asked: list[tuple[str, Options]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        result = run("m", "--json", tmp_path / "r.json")
+        assert "cannot be written" in " ".join(result.stderr.split())
+        assert asked == []
+
     def test_all_workloads(self, asked: list[tuple[str, Options]]) -> None:
         run("m", "--workload", "all")
         assert set(asked[0][1].workloads or ()) == {
@@ -129,6 +174,7 @@ class TestBench:
             (["--json", "-", "--csv", "-"], "standard output"),
             (["--json", "no/such/folder/r.json"], "cannot be written"),
             (["--html", "."], "cannot be written"),
+            (["--html", "page", "--csv", "./page"], "page is named for two outputs"),
         ],
     )
     def test_nonsense_is_refused_before_anything_is_measured(
@@ -281,6 +327,30 @@ class TestJoin:
         joined = read_result(tmp_path / "joined.json")
         assert all(each.energy is None for each in joined.measurements)
         assert all("no energy" in block.flags[-1] for each in joined.measurements for block in each.blocks)
+
+    def test_blocks_too_short_for_the_meter_are_flagged(self, tmp_path: Path, files: dict[str, Path]) -> None:
+        log = self.log(tmp_path / "log.csv", a_result(), 12.0)
+        run("join", files["same"], "--meter", log, "--json", tmp_path / "joined.json")
+        blocks = [b for each in read_result(tmp_path / "joined.json").measurements for b in each.blocks]
+        for block in blocks:
+            short = [flag for flag in block.flags if "needs 60 s" in flag]
+            assert len(short) == (block.duration_s < 60)
+        assert any(block.duration_s < 60 for block in blocks)
+
+    def test_the_log_is_read_once(
+        self, tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[Path] = []
+
+        def read_text(path: Path, **_: Any) -> str:
+            if path == log:
+                read.append(path)
+            return path.read_bytes().decode()
+
+        log = self.log(tmp_path / "log.csv", a_result(), 12.0)
+        monkeypatch.setattr(Path, "read_text", read_text)
+        assert run("join", files["same"], "--meter", log).exit_code == 0
+        assert read == [log]
 
     def test_a_run_without_idle_windows(self, tmp_path: Path) -> None:
         import dataclasses

@@ -90,6 +90,7 @@ def test_above_one_is_better_in_every_row(faster: float) -> None:
     assert {change.metric for change in rows} == {
         "ttft_s",
         "tpot_s",
+        "e2el_s",
         "prefill_tokens_per_s",
         DECODE,
         "throughput_tokens_per_s",

@@ -58,3 +58,10 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     with pytest.raises(CrossCheckError, match="pip install codecarbon"), codecarbon(enabled=True):
         pass
+
+
+def test_a_tracker_that_fails_at_its_end_costs_its_own_figure_only(tracker: type[Tracker]) -> None:
+    """As one does that never began, because another one runs."""
+    with codecarbon(enabled=True) as joules:
+        del tracker.made[0].final_emissions_data
+    assert joules == {}

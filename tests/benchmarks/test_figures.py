@@ -104,6 +104,13 @@ class TestEnergy:
             assert energy is not None
             assert (energy.total_j.low, energy.total_j.value, energy.total_j.high) == (1, 5, 15)
 
+    def test_by_what_an_estimate_may_be_off_idle_is_too(self) -> None:
+        energy = energy_per_query(CHAT, [plain_block(low_j=4.0, high_j=60.0, idle_power_w=4.0)] * 3)
+        assert energy is not None
+        marginal = energy.marginal_j
+        assert marginal is not None
+        assert (marginal.low, marginal.value, marginal.high) == pytest.approx((0.6, 3, 9))
+
     def test_one_measured_block_has_no_interval(self) -> None:
         energy = energy_per_query(CHAT, [plain_block()])
         assert energy is not None
@@ -144,6 +151,11 @@ class TestMeasurement:
         assert made.metrics["itl_s"].n == 12
         assert [each.round for each in made.blocks] == [0, 1, 2]
 
+    def test_an_interval_holds_how_rounds_differ(self) -> None:
+        """Many gaps in three rounds are three samples of how fast the device is, not many."""
+        itl = measured(DECODE, 0.01, 0.02, 0.03).metrics["itl_s"]
+        assert (itl.low, itl.median, itl.high) == pytest.approx((0.01, 0.02, 0.03))
+
     def test_noise_is_flagged(self) -> None:
         assert measured(DECODE, *[0.01, 0.014] * 3).flags == [
             "noisy: the rounds' decode_tokens_per_s spread by 33% of their median"
@@ -152,6 +164,10 @@ class TestMeasurement:
     def test_slowing_down_is_flagged(self) -> None:
         flags = measured(DECODE, 0.01, 0.01, 0.0105, 0.0105, 0.011, 0.011).flags
         assert flags == ["slowed down: the last third of the rounds took 10% longer than the first"]
+
+    def test_answers_that_ended_early_are_flagged(self) -> None:
+        made = measurement("peer", CHAT, Raw(INFO, [block(TRACE, make_trace(Query((1,), 5)))]))
+        assert made.flags == ["less work: 1 of 2 answers ended before their 5 tokens"]
 
     def test_a_steady_run_has_no_flag(self) -> None:
         assert measured(DECODE, *[0.01] * 6).flags == []

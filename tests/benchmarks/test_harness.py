@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.scripted import ScriptedEngine
-from pocketlm.errors import InvalidSettingError, ModelNotFoundError
-from pocketlm_benchmarks import harness
+from pocketlm.energy import MeterLogError
+from pocketlm.errors import InvalidSettingError, ManifestError, ModelNotFoundError
+from pocketlm_benchmarks import harness, physics
+from pocketlm_benchmarks.cross_check import CrossCheckError
 from pocketlm_benchmarks.engines.pocketlm_engine import PocketlmEngine
 from pocketlm_benchmarks.engines.process import Answered
-from pocketlm_benchmarks.engines.protocol import EngineMissingError, EngineSpec, Query
+from pocketlm_benchmarks.engines.protocol import EngineError, EngineMissingError, EngineSpec, Query
 from pocketlm_benchmarks.engines.registry import PeerSpec
 from pocketlm_benchmarks.harness import Options, bench
 from pocketlm_benchmarks.peaks import Peaks
@@ -57,6 +60,8 @@ def start(spec: EngineSpec) -> Any:
         return InProcess(spec)
     if spec.weights == "missing":
         raise EngineMissingError("it is not installed")
+    if spec.kind == "openvino":
+        raise EngineError(f"{spec.weights} is damaged, says {spec.python}")
     return ScriptedEngine(spec, pid=os.getpid())
 
 
@@ -150,10 +155,78 @@ def test_the_same_peer_on_several_weights_gets_their_names(int8_bundle: Path, tm
     assert [engine.name for engine in result.engines] == [OURS, "llama.cpp a.gguf", "llama.cpp b.gguf"]
 
 
+def test_weights_of_the_same_name_are_told_apart(int8_bundle: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.gguf").write_bytes(b"GGUF")
+    peers = [PeerSpec("llama.cpp", str(tmp_path / name / "model.gguf")) for name in ("a", "b")]
+    result = run(int8_bundle, peers=peers)
+    names = [OURS, "llama.cpp model.gguf", "llama.cpp model.gguf 2"]
+    assert [engine.name for engine in result.engines] == names
+
+
 def test_the_sustained_load_comes_behind(int8_bundle: Path) -> None:
     result = run(int8_bundle, sustain_s=0.5)
     assert result.sustained is not None
     assert len(result.sustained.points) >= 3
+
+
+def test_a_sustained_load_that_fails_leaves_the_rest(
+    int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise EngineError("it crashed")
+
+    monkeypatch.setattr(harness, "sustain", fail)
+    result = run(int8_bundle, sustain_s=0.5)
+    assert result.sustained is None
+    assert "The sustained load failed: it crashed" in result.flags
+    assert result.measurements[0].metrics
+
+
+def test_the_engines_are_known_to_the_watch_while_they_run(
+    int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside Linux the processor time of an ended process is nobody's: it would be another's load."""
+    seen: list[list[int]] = []
+
+    class Watch:
+        def __init__(self, own_pids: Callable[[], list[int]]) -> None:
+            self._own_pids = own_pids
+
+        def flags(self) -> list[str]:
+            seen.append(self._own_pids())
+            return ["something happened"]
+
+    monkeypatch.setattr(harness, "Conditions", Watch)
+    assert run(int8_bundle).flags == ["something happened"]
+    assert seen == [[os.getpid()]]
+
+
+def test_what_is_missing_shows_before_anything_is_measured(
+    int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> int:
+        raise ManifestError("a layer that is not known")
+
+    def measure_peaks(*_: Any) -> Peaks:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(harness, "measure_peaks", measure_peaks)
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with monkeypatch.context() as patch, pytest.raises(ManifestError):
+        patch.setattr(physics, "_stored_bytes", refuse)
+        run(int8_bundle)
+    with pytest.raises(CrossCheckError):
+        run(int8_bundle, cross_check=True)
+    with pytest.raises(MeterLogError):
+        run(int8_bundle, energy=True, meter_log=tmp_path / "nothing.csv")
+
+
+def test_no_path_of_the_machine_is_in_why_a_peer_was_skipped(int8_bundle: Path, tmp_path: Path) -> None:
+    peers = [PeerSpec("openvino", str(tmp_path / "model.gguf"))]
+    result = run(int8_bundle, peers=peers, peer_pythons={"openvino": "/v/bin/python"})
+    assert result.engines[1].skipped == "model.gguf is damaged, says python"
 
 
 def test_quality_is_measured_against_fp32(int8_bundle: Path, fp32_bundle: Path, tmp_path: Path) -> None:
@@ -175,6 +248,7 @@ def test_quality_is_measured_against_fp32(int8_bundle: Path, fp32_bundle: Path, 
         ({"prompt_tokens": (0,)}, "prompt_tokens"),
         ({"threads": 0}, "threads"),
         ({"depths": (), "sustain_s": 5.0}, "sustain"),
+        ({"peer_pythons": {"openvino": "python"}}, "--peer-python names openvino"),
     ],
 )
 def test_what_cannot_be_measured(int8_bundle: Path, changes: dict[str, Any], message: str) -> None:

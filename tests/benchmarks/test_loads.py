@@ -77,3 +77,15 @@ def test_a_file_system_that_cannot_tell(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(os, "preadv", refuse)
     assert not drop_from_page_cache(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there files are dropped at all")
+def test_a_file_that_cannot_be_dropped_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(22, "Invalid argument")  # as some network file systems do
+
+    (tmp_path / "a").write_bytes(b"x")
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert not drop_from_page_cache(tmp_path / "a")

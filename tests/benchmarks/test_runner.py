@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from helpers.scripted import ScriptedEngine, ScriptedProbe, found, make_work
+from helpers.scripted import INFO, ScriptedEngine, ScriptedProbe, found, make_work
+from pocketlm_benchmarks import metering, runner
 from pocketlm_benchmarks.cases import Work
 from pocketlm_benchmarks.engines.protocol import EngineError, EngineMissingError, EngineSpec
 from pocketlm_benchmarks.metering import Meter
@@ -21,16 +23,23 @@ Scripts = dict[str, Sequence[float | EngineError]]
 class Stage:
     """Starts scripted engines, whose log is shared."""
 
-    def __init__(self, scripts: Scripts, refuse: dict[str, EngineError] | None = None) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        refuse: dict[str, EngineError] | None = None,
+        seen: dict[str, Any] | None = None,
+    ) -> None:
         self.scripts = scripts
         self.refuse = refuse or {}
+        self.seen = seen or {}
         self.log: list[tuple[str, Any]] = []
         self.engines: list[ScriptedEngine] = []
 
     def start(self, spec: EngineSpec) -> ScriptedEngine:
         if spec.kind in self.refuse:
             raise self.refuse[spec.kind]
-        engine = ScriptedEngine(spec, self.scripts[spec.kind], self.log, pid=os.getpid())
+        info = replace(INFO, energy_seen=self.seen.get(spec.kind, "process"))
+        engine = ScriptedEngine(spec, self.scripts[spec.kind], self.log, info, pid=os.getpid())
         self.engines.append(engine)
         return engine
 
@@ -145,16 +154,51 @@ class TestEnergy:
         made = run(Stage({"pocketlm": [0.01]}), rounds=1, meter=self.meter(ScriptedProbe([None])))
         assert made.contenders[0].raw["tg4"].blocks[0].idle_power_w is None
 
-    def test_processor_time_says_nothing_of_a_server(self) -> None:
-        probe = ScriptedProbe([10.0], kind="estimated", scope="process")
-        made = run(Stage({"pocketlm": [0.01], "server": [0.01]}), meter=self.meter(probe))
-        contenders = by_name(made)
-        assert all(block.reading is None for block in contenders["server"].raw["tg4"].blocks)
-        assert all(block.reading is not None for block in contenders["pocketlm"].raw["tg4"].blocks)
+    @pytest.mark.parametrize(
+        ("seen", "probe_of_the_system", "has_reading"),
+        [
+            ("process", False, True),
+            ("process", True, True),
+            ("machine", False, False),  # processor time would be that of our side of the connection
+            ("machine", True, True),
+            ("never", True, False),
+        ],
+    )
+    def test_energy_is_left_out_where_it_is_not_the_engines(
+        self, seen: Any, probe_of_the_system: bool, has_reading: bool
+    ) -> None:
+        probe = ScriptedProbe([10.0], scope="package" if probe_of_the_system else "process")
+        stage = Stage({"pocketlm": [0.01], "server": [0.01]}, seen={"server": seen})
+        contenders = by_name(run(stage, meter=self.meter(probe)))
+        for name, expected in (("server", has_reading), ("pocketlm", True)):
+            blocks = contenders[name].raw["tg4"].blocks
+            assert [block.reading is not None for block in blocks] == [expected] * 4
 
-    def test_a_sensor_of_the_system_sees_the_server_too(self) -> None:
-        made = run(Stage({"pocketlm": [0.01], "server": [0.01]}), meter=self.meter(ScriptedProbe([10.0])))
-        assert all(block.reading is not None for block in by_name(made)["server"].raw["tg4"].blocks)
+    @pytest.mark.parametrize(("seen", "known"), [("process", True), ("machine", False), ("never", False)])
+    def test_memory_is_left_out_where_the_model_is_in_another_process(self, seen: Any, known: bool) -> None:
+        stage = Stage({"pocketlm": [0.01], "server": [0.01]}, seen={"server": seen})
+        contenders = by_name(run(stage))
+        assert (contenders["server"].memory is not None) == known
+        assert contenders["pocketlm"].memory is not None
+
+    def test_a_block_is_as_long_as_its_window(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A probe may wait, for its tool to start or for the last of its figures."""
+        now_s = itertools.count(0.0, 100.0)
+        monkeypatch.setattr(runner.time, "monotonic", lambda: next(now_s))
+        made = run(Stage({"pocketlm": [0.01]}), meter=self.meter(ScriptedProbe([10.0])))
+        blocks = made.contenders[0].raw["tg4"].blocks
+        assert [block.duration_s for block in blocks] == [1.0] * 4
+
+    def test_a_window_begins_when_the_probe_is_ready(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        order: list[str] = []
+        probe = ScriptedProbe([10.0])
+        meter = self.meter(probe)
+        begin = meter.begin
+        monkeypatch.setattr(meter, "begin", lambda pid: (order.append("begin"), begin(pid))[1])
+        for module in (runner, metering):
+            monkeypatch.setattr(module.time, "time", lambda: (order.append("time"), 0.0)[1])
+        run(Stage({"pocketlm": [0.01]}), rounds=1, meter=meter)
+        assert order == ["begin", "time"] * (len(order) // 2)
 
     def test_a_window_is_ended_when_an_engine_fails_in_it(self) -> None:
         probe = ScriptedProbe([10.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocketlm_benchmarks.statistics import drift, figure, median_interval, settled, summarize
+from pocketlm_benchmarks.statistics import (
+    drift,
+    figure,
+    median_interval,
+    medians_of_rounds,
+    settled,
+    summarize,
+    summarize_rounds,
+)
 
 SAMPLES = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30)
 
@@ -86,3 +95,36 @@ def test_drift(values: list[float], expected: float) -> None:
 )
 def test_settled(values: list[float], expected: bool) -> None:
     assert settled(values) is expected
+
+
+class TestRounds:
+    def test_an_interval_covers_what_it_says_where_rounds_differ(self) -> None:
+        random = np.random.default_rng(1)
+        by_round = pooled = 0
+        for _ in range(60):
+            rounds = [
+                (10 + 0.3 * random.standard_normal() + 0.1 * random.standard_normal(20)) for _ in range(10)
+            ]
+            samples = np.concatenate(rounds).tolist()
+            summary, plain = summarize_rounds([each.tolist() for each in rounds]), summarize(samples)
+            assert summary.median == plain.median
+            by_round += (summary.low or 0) <= 10 <= (summary.high or 0)
+            pooled += (plain.low or 0) <= 10 <= (plain.high or 0)
+        assert by_round >= 50
+        assert pooled < 40
+
+    def test_one_sample_a_round_is_the_plain_bootstrap(self) -> None:
+        samples = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
+        assert summarize_rounds([[value] for value in samples]) == summarize(samples)
+
+    def test_a_single_round_tells_its_own_spread_only(self) -> None:
+        assert summarize_rounds([[1.0, 2.0, 4.0], []]) == summarize([1.0, 2.0, 4.0])
+
+    def test_a_resampled_median_is_that_of_the_pooled_samples(self) -> None:
+        rounds = [[1.0, 5.0], [2.0], [7.0, 8.0, 9.0]]
+        counts = np.array([each for each in itertools.product(range(4), repeat=3) if sum(each) == 3])
+        pooled = [
+            np.median(np.concatenate([np.repeat(r, n) for r, n in zip(rounds, each, strict=True)]))
+            for each in counts
+        ]
+        assert medians_of_rounds(rounds, counts).tolist() == pooled

@@ -10,7 +10,7 @@ from helpers.scripted import ScriptedEngine, ScriptedProbe, found, make_work
 from pocketlm.errors import InvalidSettingError
 from pocketlm_benchmarks.conditions import Sensors
 from pocketlm_benchmarks.engines.process import Answered
-from pocketlm_benchmarks.engines.protocol import EngineSpec, Query
+from pocketlm_benchmarks.engines.protocol import EngineError, EngineSpec, Query
 from pocketlm_benchmarks.metering import Meter
 from pocketlm_benchmarks.result import Sustained
 from pocketlm_benchmarks.sustain import parse_duration, sustain
@@ -32,11 +32,17 @@ class Warming(ScriptedEngine):
 
 
 def run(
-    duration_s: float, *, slower: float = 0.0, throttles: int | None = None, power: bool = False
+    duration_s: float,
+    *,
+    slower: float = 0.0,
+    throttles: int | None = None,
+    power: bool = False,
+    least_window_s: float = 1.0,
 ) -> Sustained:
     engine = Warming(EngineSpec("pocketlm", "", 1, 64))
     engine.slower = slower
-    meter = Meter(find=lambda **_: found(ScriptedProbe([7.0]))) if power else None
+    probe = ScriptedProbe([7.0], least_window_s=least_window_s)
+    meter = Meter(find=lambda **_: found(probe)) if power else None
     readings = iter(range(10_000))
 
     def read() -> Sensors:
@@ -78,9 +84,23 @@ def test_watts_stand_beside_the_rate() -> None:
     assert {point.power_w for point in run(10, power=True).points} == {7.0}
 
 
-def test_too_short_to_have_thirds() -> None:
-    with pytest.raises(InvalidSettingError, match="hold 2 answers"):
-        run(0.6)
+def test_too_short_to_have_thirds_it_goes_on_until_there_are() -> None:
+    made = run(0.6)
+    assert len(made.points) == 3
+    assert made.duration_s == pytest.approx(1.5)
+
+
+def test_a_slow_sensor_does_not_leave_too_few_intervals() -> None:
+    """Ten minutes on a Mac's battery, whose figures are refreshed once in minutes."""
+    made = run(600, power=True, least_window_s=300.0)
+    assert len(made.points) == 6
+    assert made.duration_s == pytest.approx(600, abs=5)
+
+
+def test_an_engine_that_tells_no_times() -> None:
+    prefill = make_work("pp1", "prefill", new_tokens=1)
+    with pytest.raises(EngineError, match="does not tell"):
+        sustain(ScriptedEngine(EngineSpec("x", "", 1, 64)), prefill, 1.0, None, lambda *_: None)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), (" 2 m ", 120)])

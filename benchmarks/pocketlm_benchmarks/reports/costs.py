@@ -36,7 +36,7 @@ def energy_text(result: Result) -> tuple[str, ...]:
         details.append(f"Resolution {number(energy.resolution_j)} J.")
     details.append(f"Shortest window to trust: {minutes(energy.least_window_s)}.")
     idle = [window.power_w for window in energy.idle if window.power_w is not None]
-    if idle:
+    if idle and energy.scope != "process":  # its processor time while it waits is not the machine's power
         details.append(f"Idle, engines loaded: {number(statistics.median(idle))} W.")
     checks = [f"{name} {number(joules)} J" for name, joules in energy.cross_check.items()]
     if checks:

@@ -41,7 +41,6 @@ METRICS = {
     "decode_tokens_per_s": Metric("decode", "tok/s"),
     "throughput_tokens_per_s": Metric("throughput", "tok/s"),
     "energy_j": Metric("energy", "J"),
-    "marginal_energy_j": Metric("energy above idle", "J"),
 }
 
 

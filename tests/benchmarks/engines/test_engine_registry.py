@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from pocketlm.errors import InvalidSettingError
-from pocketlm_benchmarks.engines.registry import ADAPTERS, OURS, PeerSpec, adapter_of, parse_against
+from pocketlm_benchmarks.engines.registry import ADAPTERS, PeerSpec, adapter_of, parse_against
 
 
 def test_kinds_name_modules_of_the_package() -> None:
-    for kind in (OURS, "llama.cpp", "llama-bench", "server"):
+    for kind in ADAPTERS:
         module, _, name = adapter_of(kind).partition(":")
         assert hasattr(importlib.import_module(module), name)
-    assert all(adapter.target.startswith("pocketlm_benchmarks.engines.") for adapter in ADAPTERS.values())
 
 
 def test_parse(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_a_comparison_ends_with_its_conclusion(capsys: pytest.CaptureFixture[str
     assert "same" in line_of(text, "KL to fp32")
     assert "312.0 MB" in line_of(text, "peak memory")
     assert "• batch: the prompts differ" in text
-    assert text.splitlines()[-1].startswith("12 regressions beyond 5 %: pp512 prefill tok/s, tg128 TPOT ms, ")
+    assert text.splitlines()[-1].startswith("13 regressions beyond 5 %: pp512 prefill tok/s, tg128 TPOT ms, ")
     assert text.splitlines()[-1].endswith(" and 9 more.")
 
 
