@@ -257,9 +257,11 @@ def _stored_bytes(precision: str, outputs: int, inputs: int) -> int:
         return outputs * inputs * _FLOAT32
     if precision in {"int8-static", "int8-row"}:
         return outputs * (inputs + _FLOAT32)
-    if blocks := re.fullmatch(r"int(\d+)-block(\d+)", precision):
-        bits, size = map(int, blocks.groups())
-        return outputs * -(-inputs // size) * (size * bits // 8 + _FLOAT32)
+    if match := re.fullmatch(r"int(\d+)-block(\d+)", precision):
+        bits, size = map(int, match.groups())
+        blocks_each = -(-inputs // size)
+        zero_points = -(-blocks_each // 2) if bits == 4 else 0  # two in a byte; eight bits are symmetric
+        return outputs * (blocks_each * (size * bits // 8 + _FLOAT32) + zero_points)
     raise ManifestError(
         f"The manifest stores a layer as {precision!r}, whose size this pocketlm does not know. "
         "Upgrade pocketlm."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,18 +53,35 @@ def calibrate(
     threads: int,
     progress: Progress,
 ) -> ActivationStatistics:
-    """Statistics over `windows` of a text, each from an empty context, from a graph with tapped linears."""
+    """Statistics over `windows` of a text, see `visit_inputs`."""
+    statistics = ActivationStatistics()
+    visit_inputs(graph, config, io, windows, statistics.add, threads=threads, progress=progress)
+    return statistics
+
+
+def visit_inputs(
+    graph: Path,
+    config: DecoderConfig,
+    io: GraphIO,
+    windows: Sequence[Sequence[int]],
+    visit: Callable[[str, Array], None],
+    *,
+    threads: int,
+    progress: Progress,
+) -> None:
+    """Runs a graph with tapped linears over `windows` of a text, each from an empty context.
+
+    Calls `visit` with the path and the inputs (tokens, inputs) of each linear, window by window.
+    """
     session = open_graph(graph, threads)
     taps = [output.name for output in session.get_outputs() if output.name.endswith(tap_name(""))]
-    statistics = ActivationStatistics()
     done, total = 0, sum(map(len, windows))
     for window in windows:
         progress("Calibrating", done, total, "tokens")
         for tap, rows in zip(taps, session.run(taps, _feeds(window, config, io)), strict=True):
-            statistics.add(tap.removesuffix(tap_name("")), rows.reshape(-1, rows.shape[-1]))
+            visit(tap.removesuffix(tap_name("")), rows.reshape(-1, rows.shape[-1]))
         done += len(window)
     progress("Calibrating", total, total, "tokens")
-    return statistics
 
 
 def _feeds(window: Sequence[int], config: DecoderConfig, io: GraphIO) -> dict[str, NDArray[np.generic]]:

@@ -23,12 +23,12 @@ def export(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder.", show_default=False)],
-    precision: Annotated[str, typer.Option(help="int8 or fp32.")] = "int8",
+    precision: Annotated[str, typer.Option(help="int8, int4 or fp32.")] = "int8",
     max_kl: Annotated[
         float | None,
         typer.Option(
             help="The quality gate: how far the mean next-token distribution may diverge from fp32, in nats. "
-            "Default: 0.02 for int8.",
+            "Default: 0.02 for int8, 0.1 for int4.",
             show_default=False,
         ),
     ] = None,

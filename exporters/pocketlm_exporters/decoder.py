@@ -12,6 +12,15 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class LayerAttention:
+    """How one layer attends."""
+
+    inverse_frequencies: tuple[float, ...]  # of the rotary embedding: head_dim / 2, in radians per token
+    sliding_window: int | None = None  # tokens that a query sees, itself included; None: all of them
+    scale: float | None = None  # of the products of queries and keys; None: 1 / √head_dim
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
 
@@ -25,8 +34,7 @@ class DecoderConfig:
     vocabulary: int
     context_length: int  # tokens
     norm_epsilon: float
-    inverse_frequencies: tuple[float, ...]  # of the rotary embedding: head_dim / 2, in radians per token
-    sliding_window: int | None  # tokens that a query sees, itself included; None: all of them
+    attention: tuple[LayerAttention, ...]  # one a layer
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,17 @@ class DecoderWeights:
     | layers.N.down | |
     | head | the vocabulary; absent where the embedding serves as the head |
 
-    Norms are layers.N.attention_norm, layers.N.mlp_norm and final_norm, each (hidden).
+    Norms are layers.N.attention_norm, layers.N.mlp_norm and final_norm, each (hidden). Some families have
+    more: layers.N.attention_post_norm and layers.N.mlp_post_norm (hidden), behind what is added to the
+    residual stream, and layers.N.query_norm and layers.N.key_norm (head_dim).
     """
 
     config: DecoderConfig
     embedding: Callable[[], Array]  # (vocabulary, hidden)
     linears: Mapping[str, Linear]
     norms: Mapping[str, Array]
+
+    @property
+    def rotatable(self) -> bool:
+        """Whether only linears write to the residual stream, so that it can be rotated."""
+        return not any(path.endswith("post_norm") for path in self.norms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +36,21 @@ from pocketlm_exporters.graph.builder import GraphBuilder
 from pocketlm_exporters.graph.embedding import FloatEmbedding, TiedFloatHead
 from pocketlm_exporters.graph.linear import FloatLinear, LinearEmitter, TappedLinear
 from pocketlm_exporters.processor import WeightBytes, weight_bytes
-from pocketlm_exporters.quantize import recipe
+from pocketlm_exporters.quantize import four_bits, recipe
+from pocketlm_exporters.quantize.recorded_inputs import RecordedInputs
 from pocketlm_exporters.quantize.rotation import rotate
 from pocketlm_exporters.quantize.smoothing import smooth, smoothing_scales
 
-DEFAULT_MAX_KL = {"fp32": 0.0, "int8": 0.02}
+DEFAULT_MAX_KL = {"fp32": 0.0, "int8": 0.02, "int4": 0.1}
 """The quality gate by precision: mean nats per token over the verification text."""
 
 SMOOTHING = 0.4
+"""SmoothQuant's alpha for a rotated model, as measured on SmolLM2-135M."""
 
+SMOOTHING_UNROTATED = 0.6
+"""The same where activations behind norms have to be smoothed too, as measured on Gemma 3 270M."""
+
+_FINER_PRECISION = {"int4": "int8", "int8": "fp32"}
 _FINER_AT_FIRST = 4  # linears that get finer blocks where the gate is missed; then twice as many, and so on
 
 
@@ -60,8 +66,8 @@ def export(
     """Writes the bundle `output` from a checkpoint, whole or not at all; returns its manifest.
 
     `max_kl` is the quality gate: the mean divergence from the fp32 graph, in nats per token. Where int8
-    misses it, the most sensitive linears are stored more finely until it is met. `weights` is how the bytes
-    of int8 weights are stored, by default as this machine likes them; the results are the same.
+    or int4 misses it, the most sensitive linears are stored more finely until it is met. `weights` is how the
+    bytes of int8 weights are stored, by default as this machine likes them; the results are the same.
 
     Raises CheckpointError or UnsupportedModelError for the source, QualityGateError if the gate cannot be
     met, InvalidSettingError, and StorageError for a disk that is full or not writable.
@@ -73,7 +79,9 @@ def export(
         raise InvalidSettingError(f"max_kl is {max_kl!r}; a number of nats from 0 on is expected.")
     with atomic_folder(output) as folder:
         job = _Export(open_checkpoint(source, progress=progress), folder, progress)
-        return job.fp32() if precision == "fp32" else job.int8(gate, weights or weight_bytes())
+        if precision == "fp32":
+            return job.fp32()
+        return job.int4(gate) if precision == "int4" else job.int8(gate, weights or weight_bytes())
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,15 @@ class _Prepared:
     ranges: dict[str, float]  # by path, where the range is fixed
     largest: dict[str, Array]  # (inputs) by path
     calibration: Calibration
+
+
+@dataclass(frozen=True)
+class _Met:
+    """A quality gate that was met: how well, with which precisions, and how many linears had to be finer."""
+
+    quality: Quality
+    layers: tuple[LayerPrecision, ...]
+    finer: int
 
 
 class _Export:
@@ -112,48 +129,106 @@ class _Export:
     def int8(self, gate: float, weights: WeightBytes) -> Manifest:
         """Eight bits, finer where the gate asks for it."""
         prepared = self._prepare()
+        met = self._meet(
+            gate,
+            "int8",
+            recipe.by_sensitivity(prepared.weights, prepared.largest),
+            lambda finer: self._write_int8(prepared, finer, weights),
+        )
+        described = recipe.describe(self._weights.rotatable, met.finer, weights)
+        return self._finish(Precision("int8", described, met.layers), prepared.calibration, met.quality)
+
+    def int4(self, gate: float) -> Manifest:
+        """Four bits, eight where the gate asks for it."""
+        windows = self._windows(texts.CALIBRATION, calibrate.WINDOW)
+        rounded = self._round_to_four_bits(windows)
+        met = self._meet(
+            gate, "int4", four_bits.by_damage(rounded), lambda finer: self._write_int4(rounded, finer)
+        )
+        calibration = Calibration(texts.CALIBRATION, sum(map(len, windows)), smoothing=None)
+        precision = Precision("int4", four_bits.describe(met.finer), met.layers)
+        return self._finish(precision, calibration, met.quality)
+
+    def _meet(
+        self,
+        gate: float,
+        precision: str,
+        sensitive: Sequence[str],
+        write: Callable[[Sequence[str]], tuple[LayerPrecision, ...]],
+    ) -> _Met:
+        """Calls `write` with ever more of the `sensitive` linears until what it wrote meets the gate.
+
+        Raises QualityGateError if that does not happen.
+        """
         best = float("inf")
         with self._scratch("reference") as folder:
             self._write_float(self._weights, folder)
             reference = self._session(folder)
-            for finer in _ever_more(prepared):
-                layers = self._write_int8(prepared, finer, weights)
+            for finer in _ever_more(sensitive):
+                layers = write(finer)
                 quality = self._compare(reference, self._session(self._folder))
                 best = min(best, quality.kl_mean)
                 if quality.kl_mean <= gate:
                     break
             else:
                 raise QualityGateError(
-                    f"int8 diverges from fp32 by {best:.4f} nats per token at best, the quality gate is "
-                    f"{gate:g}. Export with --max-kl {best * 1.05:.2g} if that is good enough, or with "
-                    "--precision fp32."
+                    f"{precision} diverges from fp32 by {best:.4f} nats per token at best, the quality gate "
+                    f"is {gate:g}. Export with --max-kl {best * 1.05:.2g} if that is good enough, or with "
+                    f"--precision {_FINER_PRECISION[precision]}."
                 )
             del reference  # Windows removes no file that is mapped
-        precision = Precision("int8", recipe.describe(len(finer), weights), layers)
-        return self._finish(precision, prepared.calibration, quality)
+        return _Met(quality, layers, len(finer))
+
+    def _round_to_four_bits(self, windows: Sequence[Sequence[int]]) -> dict[str, four_bits.FourBits]:
+        """All linears in four bits, by what they read in `windows`.
+
+        The residual stream stays as it is: a checkpoint that was stored in four bits keeps its blocks.
+        """
+        weights = self._weights
+        with self._scratch("calibration") as folder:
+            self._write_float(weights, folder, tapped=True)
+            inputs = RecordedInputs(folder)
+            calibrate.visit_inputs(
+                folder / GRAPH_NAME,
+                weights.config,
+                self._io,
+                windows,
+                inputs.add,
+                threads=self._threads,
+                progress=self._progress,
+            )
+            return four_bits.round_linears(
+                weights,
+                lambda path: inputs.gram(path, weights.linears[path].inputs),
+                self._steps("Quantizing"),
+            )
 
     def _prepare(self) -> _Prepared:
-        """Rotation, calibration, smoothing: what makes rounding cheap and leaves the function as it is."""
-        rotated = rotate(self._weights)
+        """Rotation, calibration, smoothing: what makes rounding cheap and leaves the function as it is.
+
+        A residual stream that cannot be rotated is smoothed behind its norms instead.
+        """
+        rotated = self._weights.rotatable
+        weights = rotate(self._weights) if rotated else self._weights
         windows = self._windows(texts.CALIBRATION, calibrate.WINDOW)
         with self._scratch("calibration") as folder:
-            self._write_float(rotated, folder, tapped=True)
+            self._write_float(weights, folder, tapped=True)
             statistics = calibrate.calibrate(
                 folder / GRAPH_NAME,
-                rotated.config,
+                weights.config,
                 self._io,
                 windows,
                 threads=self._threads,
                 progress=self._progress,
             )
-        scales = smoothing_scales(rotated, statistics.largest, SMOOTHING)
+        fixed = [path for path in weights.linears if rotated and recipe.can_have_fixed_range(path)]
+        alpha = SMOOTHING if rotated else SMOOTHING_UNROTATED
+        scales = smoothing_scales(weights, statistics.largest, alpha, behind_norms=not rotated)
         return _Prepared(
-            weights=smooth(rotated, scales),
-            ranges={
-                path: statistics.best_range(path) for path in rotated.linears if recipe.has_fixed_range(path)
-            },
+            weights=smooth(weights, scales),
+            ranges={path: statistics.best_range(path) for path in fixed},
             largest={path: largest / scales.get(path, 1) for path, largest in statistics.largest.items()},
-            calibration=Calibration(texts.CALIBRATION, sum(map(len, windows)), SMOOTHING),
+            calibration=Calibration(texts.CALIBRATION, sum(map(len, windows)), alpha),
         )
 
     def _write_float(self, weights: DecoderWeights, folder: Path, *, tapped: bool = False) -> None:
@@ -173,13 +248,21 @@ class _Export:
     def _write_int8(
         self, prepared: _Prepared, finer: Sequence[str], weights: WeightBytes
     ) -> tuple[LayerPrecision, ...]:
-        precision = recipe.int8(frozenset(finer))
+        precision = recipe.int8(prepared.ranges, frozenset(finer))
         quantized = recipe.quantize(
             prepared.weights, precision, prepared.ranges, weights, self._steps("Quantizing")
         )
         decoder = self._architecture.decoder
         graph = decoder(prepared.weights, quantized.embedding, quantized.linears, self._io)
         self._save(graph, self._folder, "Writing the int8 graph")
+        return quantized.report
+
+    def _write_int4(
+        self, rounded: Mapping[str, four_bits.FourBits], finer: Sequence[str]
+    ) -> tuple[LayerPrecision, ...]:
+        quantized = four_bits.quantize(self._weights, rounded, frozenset(finer))
+        graph = self._architecture.decoder(self._weights, quantized.embedding, quantized.linears, self._io)
+        self._save(graph, self._folder, "Writing the int4 graph")
         return quantized.report
 
     def _save(self, graph: GraphBuilder, folder: Path, task: str) -> None:
@@ -242,10 +325,9 @@ class _Export:
         )
 
 
-def _ever_more(prepared: _Prepared) -> Iterator[Sequence[str]]:
+def _ever_more(sensitive: Sequence[str]) -> Iterator[Sequence[str]]:
     """Which linears to store finely: none, then the most sensitive few, twice as many each time, all."""
     yield ()
-    sensitive = recipe.by_sensitivity(prepared.weights, prepared.largest)
     count = _FINER_AT_FIRST
     while count < len(sensitive):
         yield sensitive[:count]

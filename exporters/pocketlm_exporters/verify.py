@@ -13,6 +13,7 @@ from pocketlm.session import Session
 
 WINDOW = 512  # tokens that see each other
 _CHUNK = 128
+_MAX_LOGITS = 1 << 23  # of a chunk: 32 MiB an array, of which there are a handful
 
 
 def compare(
@@ -27,12 +28,13 @@ def compare(
     divergences: list[NDArray[np.float32]] = []
     agreements: list[NDArray[np.bool_]] = []
     losses: list[NDArray[np.float32]] = []  # (2, tokens): reference, candidate
+    size = min(_CHUNK, max(1, _MAX_LOGITS // reference.dimensions.vocabulary))
     done, total = 0, sum(map(len, windows))
     for window in windows:
         caches = reference.new_cache(len(window)), candidate.new_cache(len(window))
-        for begin in range(0, len(window), _CHUNK):
+        for begin in range(0, len(window), size):
             progress("Verifying", done, total, "tokens")
-            chunk = window[begin : begin + _CHUNK]
+            chunk = window[begin : begin + size]
             done += len(chunk)
             rows = range(len(chunk))
             p, q = (
@@ -41,7 +43,7 @@ def compare(
             )
             divergences.append((np.exp(p) * (p - q)).sum(axis=-1))
             agreements.append(p.argmax(axis=-1) == q.argmax(axis=-1))
-            following = np.asarray(window[begin + 1 : begin + _CHUNK + 1], np.int64)
+            following = np.asarray(window[begin + 1 : begin + size + 1], np.int64)
             rows_with_successor = np.arange(len(following))
             losses.append(-np.stack([p[rows_with_successor, following], q[rows_with_successor, following]]))
     progress("Verifying", total, total, "tokens")

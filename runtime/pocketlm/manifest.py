@@ -89,7 +89,7 @@ class LayerPrecision:
 
 @dataclass(frozen=True)
 class Precision:
-    name: Literal["fp32", "int8"]
+    name: Literal["fp32", "int8", "int4"]
     recipe: str
     layers: tuple[LayerPrecision, ...]
 
@@ -109,7 +109,7 @@ class Source:
 class Calibration:
     text: str  # which text
     tokens: int
-    smoothing: float  # SmoothQuant's alpha
+    smoothing: float | None  # SmoothQuant's alpha; None: not smoothed
 
 
 @dataclass(frozen=True)

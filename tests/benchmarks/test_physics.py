@@ -108,11 +108,14 @@ class TestWork:
         assert work.arithmetic == "fp32"
 
     @pytest.mark.parametrize(
-        ("precision", "bytes_per_block"), [("int8-block32", 32 + 4), ("int4-block32", 16 + 4)]
+        ("precision", "bytes_per_block", "zero_points"),
+        # Two in a byte: one byte a row of 64 inputs, two a row of 96.
+        [("int8-block32", 32 + 4, 0), ("int4-block32", 16 + 4, 128 + 64 + 192 + 2 * 64)],
     )
-    def test_blocks(self, precision: str, bytes_per_block: int) -> None:
+    def test_blocks(self, precision: str, bytes_per_block: int, zero_points: int) -> None:
         work = work_of(manifest(precision, head="fp32"))
-        assert work.weight_bytes == 2 * LAYER // 32 * bytes_per_block + 4 * HEAD + NORMS
+        layer = LAYER // 32 * bytes_per_block + zero_points
+        assert work.weight_bytes == 2 * layer + 4 * HEAD + NORMS
         assert work.arithmetic == "int8"
 
     def test_a_table_that_serves_as_the_head_is_read_as_it_is_stored(self) -> None:

@@ -56,7 +56,7 @@ def test_what_a_config_may_leave_out() -> None:
     left = {key: value for key, value in checkpoint.config.items() if key not in absent}
     config = read_weights(dataclasses.replace(checkpoint, config=left)).config
     assert (config.head_dim, config.kv_heads, config.norm_epsilon) == (16, 4, 1e-6)
-    assert config.inverse_frequencies == pytest.approx(PLAIN)
+    assert config.attention[0].inverse_frequencies == pytest.approx(PLAIN)
 
 
 def test_packs_linears_that_share_an_input() -> None:
@@ -96,15 +96,19 @@ def test_without_a_word_on_it_a_missing_head_is_tied() -> None:
     assert "head" not in read_weights(checkpoint).linears
 
 
+def frequencies_of(**config: Any) -> tuple[float, ...]:
+    return config_of(**config).attention[0].inverse_frequencies
+
+
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_linear_scaling(key: str) -> None:
     scaled = [frequency / 4 for frequency in PLAIN]
-    assert config_of(**{key: LINEAR}).inverse_frequencies == pytest.approx(scaled)
-    assert config_of(**{key: {"type": "linear", "factor": 4}}).inverse_frequencies == pytest.approx(scaled)
+    assert frequencies_of(**{key: LINEAR}) == pytest.approx(scaled)
+    assert frequencies_of(**{key: {"type": "linear", "factor": 4}}) == pytest.approx(scaled)
 
 
 def test_llama3_scaling_leaves_short_waves_and_stretches_long_ones() -> None:
-    found = config_of(rope_scaling=LLAMA3).inverse_frequencies
+    found = frequencies_of(rope_scaling=LLAMA3)
     for frequency, plain in zip(found, PLAIN, strict=True):
         wavelength = 2 * math.pi / plain
         if wavelength < 64 / 4:
@@ -118,17 +122,13 @@ def test_llama3_scaling_leaves_short_waves_and_stretches_long_ones() -> None:
 
 def test_each_pair_has_its_own_factor() -> None:
     factors = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
-    found = config_of(rope_scaling={"rope_type": "factors", "factors": factors}).inverse_frequencies
+    found = frequencies_of(rope_scaling={"rope_type": "factors", "factors": factors})
     assert found == pytest.approx([plain / factor for plain, factor in zip(PLAIN, factors, strict=True)])
 
 
 def test_the_base_is_where_either_generation_of_configs_has_it() -> None:
-    found = config_of(rope_parameters={"rope_type": "default", "rope_theta": 500.0}).inverse_frequencies
-    assert (
-        found
-        == config_of(rope_theta=500.0).inverse_frequencies
-        == config_of(rope_theta=500).inverse_frequencies
-    )
+    found = frequencies_of(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    assert found == frequencies_of(rope_theta=500.0) == frequencies_of(rope_theta=500)
 
 
 @pytest.mark.parametrize(
@@ -141,12 +141,14 @@ def test_the_base_is_where_either_generation_of_configs_has_it() -> None:
     ],
 )
 def test_sliding_window(family: str, window: int | None, expected: int | None) -> None:
-    assert config_of(model_type=family, sliding_window=window).sliding_window == expected
+    assert config_of(model_type=family, sliding_window=window).attention[0].sliding_window == expected
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", None])
 def test_an_unsupported_family_names_the_supported_ones(family: str | None) -> None:
-    with pytest.raises(UnsupportedModelError, match=rf"'{family}'; supported are llama, mistral\."):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"'{family}'; supported are gemma3_text, llama, mistral\."
+    ):
         read_weights(with_config(model_type=family))
 
 
@@ -227,5 +229,5 @@ def test_a_tensor_of_another_shape(name: str) -> None:
 
 def test_a_mistral_that_says_nothing_has_a_window_of_4096() -> None:
     read = config_of(model_type="mistral", max_position_embeddings=8192)
-    assert read.sliding_window == 4096
-    assert config_of(model_type="llama", max_position_embeddings=8192).sliding_window is None
+    assert read.attention[0].sliding_window == 4096
+    assert config_of(model_type="llama", max_position_embeddings=8192).attention[0].sliding_window is None

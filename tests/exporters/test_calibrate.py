@@ -32,7 +32,7 @@ def tapped_graph(weights: DecoderWeights, folder: Path) -> Path:
 def slow_inputs(weights: DecoderWeights, ids: list[int]) -> dict[str, Array]:
     """Each linear's input (tokens, inputs) for a sequence, in float64 and without a cache."""
     config, linears = weights.config, weights.linears
-    positions = np.outer(np.arange(len(ids)), config.inverse_frequencies)
+    positions = np.outer(np.arange(len(ids)), config.attention[0].inverse_frequencies)
     cosines, sines = np.cos(positions)[:, None], np.sin(positions)[:, None]
     inputs: dict[str, Array] = {}
 

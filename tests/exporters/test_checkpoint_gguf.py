@@ -22,7 +22,7 @@ from helpers.checkpoints import (
 )
 from pocketlm.errors import CheckpointError, UnsupportedModelError
 from pocketlm_exporters.checkpoint import Checkpoint, open_checkpoint
-from pocketlm_exporters.checkpoint.gguf import unpermute
+from pocketlm_exporters.checkpoint.gguf_families import unpermute
 from pocketlm_exporters.checkpoint.gguf_file import GgufFile
 
 QUANTIZABLE = [

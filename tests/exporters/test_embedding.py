@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,15 @@ import pytest
 from helpers.tiny import Array
 from pocketlm.session import open_graph
 from pocketlm_exporters.graph.builder import GraphBuilder
-from pocketlm_exporters.graph.embedding import BlockEmbedding, EmbeddingEmitter, FloatEmbedding, TiedFloatHead
-from pocketlm_exporters.quantize.rounding import round_blocks
+from pocketlm_exporters.graph.embedding import (
+    BlockEmbedding,
+    EmbeddingEmitter,
+    FloatEmbedding,
+    TiedBlockEmbedding,
+    TiedBlockHead,
+    TiedFloatHead,
+)
+from pocketlm_exporters.quantize.rounding import BlockWeight, round_blocks
 
 IDS = np.array([[0, 3, 3, 6, 1]])
 
@@ -27,12 +35,15 @@ def look_up(folder: Path, emitter: EmbeddingEmitter, hidden: int) -> Array:
 
 
 @pytest.mark.parametrize("hidden", [8, 32, 40, 64, 100])
-def test_blocks_are_restored_exactly(hidden: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [BlockEmbedding, TiedBlockEmbedding])
+def test_blocks_are_restored_exactly(
+    kind: Callable[[BlockWeight, int], EmbeddingEmitter], hidden: int, tmp_path: Path
+) -> None:
     table = np.random.default_rng(0).standard_normal((7, hidden)).astype(np.float32)
     table[3] *= 1000
     blocks = round_blocks(table)
     restored = (blocks.values.astype(np.float32) - 128) * blocks.scales[..., None]
-    rows = look_up(tmp_path, BlockEmbedding(blocks, hidden), hidden)
+    rows = look_up(tmp_path, kind(blocks, hidden), hidden)
     assert (rows == restored.reshape(7, -1)[IDS, :hidden]).all()
 
 
@@ -52,3 +63,18 @@ def test_a_tied_head_shares_the_table(tmp_path: Path) -> None:
     found = open_graph(tmp_path / "tied.onnx", 1).run(["logits"], {"ids": IDS[0]})[0]
     np.testing.assert_allclose(found, table[IDS[0]] @ table.T, atol=1e-4)
     assert (tmp_path / "tied.onnx.data").stat().st_size < 1.5 * table.nbytes
+
+
+@pytest.mark.parametrize("hidden", [40, 64])
+def test_a_tied_head_shares_the_blocks(hidden: int, tmp_path: Path) -> None:
+    table = np.random.default_rng(0).standard_normal((700, hidden)).astype(np.float32)
+    embedding = TiedBlockEmbedding(round_blocks(table), hidden)
+    g = GraphBuilder("tied")
+    ids = g.input("ids", ir.DataType.INT64, (1, "tokens"))
+    logits = TiedBlockHead(embedding)(g, embedding(g, ids), "head")
+    g.output(logits, "logits", ir.DataType.FLOAT, (1, "tokens", 700))
+    g.save(tmp_path, "tied.onnx", "tied.onnx.data")
+    found = open_graph(tmp_path / "tied.onnx", 1).run(["logits"], {"ids": IDS})[0]
+    expected = table[IDS] @ table.T
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    assert (tmp_path / "tied.onnx.data").stat().st_size < 0.6 * table.nbytes

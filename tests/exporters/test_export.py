@@ -206,9 +206,10 @@ class TestProgress:
         assert all(done == total for done, total in last.values())
 
 
-@pytest.mark.parametrize("precision", ["int4", "", "INT8"])
+@pytest.mark.parametrize("precision", ["int3", "", "INT8"])
 def test_an_unknown_precision(precision: str, tiny_source: SourceFiles, tmp_path: Path) -> None:
-    with pytest.raises(InvalidSettingError, match=f"precision is '{precision}'; expected fp32 or int8"):
+    message = f"precision is '{precision}'; expected fp32 or int8 or int4"
+    with pytest.raises(InvalidSettingError, match=message):
         export(tiny_source, tmp_path / "bundle", precision=precision)
     assert list(tmp_path.iterdir()) == []
 
@@ -222,7 +223,7 @@ def test_a_bad_gate(max_kl: float, tiny_source: SourceFiles, tmp_path: Path) -> 
 
 def test_a_bad_source_leaves_nothing(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", tiny_checkpoint(model_type="gpt_neox"))
-    with pytest.raises(UnsupportedModelError, match="supported are llama, mistral"):
+    with pytest.raises(UnsupportedModelError, match="supported are gemma3_text, llama, mistral"):
         export(source, tmp_path / "bundles" / "bundle")
     (source.path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(CheckpointError):

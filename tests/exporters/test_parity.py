@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from helpers.tiny import Array, float_session, random_ids, read_weights, run, tokenizer_json
 from pocketlm.session import Session
@@ -47,6 +54,11 @@ def mistral(**config: Any) -> MistralForCausalLM:
     return MistralForCausalLM(MistralConfig(**COMMON | config))
 
 
+def gemma3(**config: Any) -> Gemma3ForCausalLM:
+    defaults = {"head_dim": 16, "sliding_window": 7, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**COMMON | {"tie_word_embeddings": True} | defaults | config))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "multi-head, tied": lambda: llama(num_key_value_heads=4, tie_word_embeddings=True),
     "grouped heads, untied": llama,
@@ -58,6 +70,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: mistral(sliding_window=None),
     "mistral, sliding window": lambda: mistral(sliding_window=7),
     "mistral, window of one": lambda: mistral(sliding_window=1),
+    "gemma3": gemma3,
+    "gemma3, one key head, untied": lambda: gemma3(num_key_value_heads=1, tie_word_embeddings=False),
+    "gemma3, listed layers": lambda: gemma3(layer_types=["full_attention"] + 2 * ["sliding_attention"]),
+    "gemma3, all global": lambda: gemma3(layer_types=3 * ["full_attention"], attention_bias=True),
+    "gemma3, linear rope scaling": lambda: gemma3(
+        rope_theta=500.0, rope_local_base_freq=50.0, rope_scaling={"rope_type": "linear", "factor": 8.0}
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from helpers.tiny import Array, float_session, random_ids, read_weights, run, tiny_checkpoint
+from helpers.tiny_gemma3 import gemma3_checkpoint
+from pocketlm_exporters.checkpoint import Checkpoint
 from pocketlm_exporters.decoder import DecoderWeights
 from pocketlm_exporters.quantize.smoothing import smooth, smoothing_scales
 
@@ -98,3 +101,21 @@ def test_extreme_channels_are_bounded() -> None:
     scales = smoothing_scales(weights, largest, 1.0)["layers.0.down"]
     assert scales[0] == np.float32(1e4)
     assert scales[1] == np.float32(1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny_checkpoint, gemma3_checkpoint], ids=["llama", "gemma3"])
+def test_behind_norms_too(make: Callable[[], Checkpoint], tmp_path: Path) -> None:
+    checkpoint = make()
+    weights = read_weights(checkpoint)
+    largest = largest_of(weights)
+    scales = smoothing_scales(weights, largest, 0.5, behind_norms=True)
+    assert set(scales) == set(weights.linears) - {"head"}
+    smoothed = smooth(weights, scales)
+    path, norm = "layers.1.gate_up", "layers.1.mlp_norm"
+    column = np.abs(weights.linears[path].weight()).max(axis=0)
+    np.testing.assert_allclose(scales[path], np.sqrt(largest[path] / column), rtol=1e-5)
+    np.testing.assert_allclose(smoothed.norms[norm], weights.norms[norm] / scales[path], rtol=1e-6)
+    ids = random_ids(40)
+    expected = run(float_session(checkpoint, weights, tmp_path / "as it is"), ids)
+    found = run(float_session(checkpoint, smoothed, tmp_path / "smooth"), ids)
+    np.testing.assert_allclose(found, expected, atol=1e-3)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from helpers.tiny import Array, float_session, random_ids, read_weights, run, tiny_checkpoint
+from helpers.tiny import VOCABULARY, Array, float_session, random_ids, read_weights, run, tiny_checkpoint
 from pocketlm.session import Session
+from pocketlm_exporters import verify
 from pocketlm_exporters.verify import compare, log_softmax
 
 # One window spans chunks, one ends with a chunk, one has a single token behind it, one is a lone token.
@@ -59,6 +62,19 @@ def test_against_a_slow_reference(sessions: tuple[Session, Session]) -> None:
     assert quality.perplexity != quality.perplexity_fp32
     assert calls[0] == ("Verifying", 0, 458, "tokens")
     assert calls[-1] == ("Verifying", 458, 458, "tokens")
+
+
+def test_a_large_vocabulary_is_compared_in_smaller_chunks(
+    sessions: tuple[Session, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compare(*sessions, WINDOWS, text="a text", progress=lambda *_: None)
+    calls: list[Call] = []
+    monkeypatch.setattr(verify, "_MAX_LOGITS", 50 * VOCABULARY)
+    chunked = compare(*sessions, WINDOWS, text="a text", progress=lambda *call: calls.append(call))
+    assert [done for _, done, _, _ in calls] == [0, 50, 100, 150, 200, 250, 300, 328, 378, 428, 457, 458]
+    assert dataclasses.astuple(chunked)[2:] == pytest.approx(dataclasses.astuple(whole)[2:], rel=1e-3)
+    monkeypatch.setattr(verify, "_MAX_LOGITS", 1)
+    assert compare(*sessions, [[1, 2]], text="a text", progress=lambda *_: None).tokens == 2  # row by row
 
 
 def test_a_model_is_no_worse_than_itself(sessions: tuple[Session, Session]) -> None:

@@ -14,6 +14,7 @@ from pocketlm_models import (
     DefaultPrecision,
     HubSource,
     PackageSource,
+    PartsSource,
     catalogue,
     parse_entry,
     read_catalogue,
@@ -40,6 +41,29 @@ precision = "fp32"
 
 [hub]
 repository = "Org/Re.po_1-x"
+"""
+
+PART = f"""
+[[parts.package]]
+name = "part-one"
+version = "1.0"
+wheel_bytes = 10
+wheel_sha256 = "{"0" * 64}"
+member = "folder/file.gguf.part0"
+member_bytes = 20
+member_sha256 = "{"f" * 64}"
+"""
+PARTS = f"""
+description = "a model"
+licence = "MIT"
+precision = "int8"
+
+[parts]
+file = "file.gguf"
+file_bytes = 50
+file_sha256 = "{"a" * 64}"
+{PART}
+{PART.replace("one", "two").replace("part0", "part1").replace("= 20", "= 30")}
 """
 
 
@@ -97,11 +121,21 @@ def test_a_pinned_revision_and_a_file() -> None:
     assert entry.source == HubSource("Org/Re.po_1-x", "v1", "q/x.gguf")
 
 
+def test_a_file_in_parts() -> None:
+    source = parse_entry("x", PARTS).source
+    assert isinstance(source, PartsSource)
+    assert (source.file, source.file_bytes, source.file_sha256) == ("file.gguf", 50, "a" * 64)
+    assert [package.name for package in source.packages] == ["part-one", "part-two"]
+    assert source.packages[1] == PackageSource(
+        "part-two", "1.0", 10, "0" * 64, "folder/file.gguf.part1", 30, "f" * 64
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "old", "new", "message"),
     [
         (PACKAGE, "= 10", "=", "x.toml is not valid TOML"),
-        (PACKAGE, "[package]", "[wheel]", "x.toml has 0 sources, expected [package] or [hub]"),
+        (PACKAGE, "[package]", "[wheel]", "x.toml has 0 sources, expected [package], [parts] or [hub]"),
         (HUB, "[hub]", "[package]\n[hub]", "x.toml has 2 sources"),
         (
             HUB,
@@ -118,7 +152,7 @@ def test_a_pinned_revision_and_a_file() -> None:
         (PACKAGE, "= 20", "= -20", "package.member_bytes is -20, expected a size above 0"),
         (HUB, '"MIT"', "7", "x.toml: licence is 7, expected a non-empty str"),
         (HUB, '"MIT"', '""', "x.toml: licence is '', expected a non-empty str"),
-        (HUB, '"fp32"', '"int3"', "x.toml: precision is 'int3', expected int8 or fp32"),
+        (HUB, '"fp32"', '"int3"', "x.toml: precision is 'int3', expected int8 or int4 or fp32"),
         (HUB, "Org/Re", "Org//Re", "hub.repository is 'Org//Re.po_1-x', expected ORG/REPO"),
         (HUB, "[hub]", '[hub]\nfile = "../x.gguf"', "hub.file is '../x.gguf', expected the relative path"),
         (
@@ -131,6 +165,19 @@ def test_a_pinned_revision_and_a_file() -> None:
         (PACKAGE, "file.gguf", "file.py", "expected the relative path"),
         (PACKAGE, "0" * 64, "0" * 63, "package.wheel_sha256 is not 64 hexadecimal digits"),
         (PACKAGE, "f" * 64, "F" * 64, "package.member_sha256 is not 64 hexadecimal digits in lower case"),
+        (PARTS, "[[parts.package]]", "[parts.package]", "x.toml is not valid TOML"),
+        (PARTS, PARTS[PARTS.index("[[") :], "", "parts.package is None, expected a list of tables"),
+        (PARTS, PARTS[PARTS.index("[[") :], "package = [1]", "parts.package is [1], expected a list"),
+        (PARTS, "= 50", "= 51", "parts.file_bytes is 51, but the parts have 50"),
+        (PARTS, "= 50", '= "50"', "parts.file_bytes is '50', expected a non-empty int"),
+        (PARTS, "a" * 64, "a" * 65, "parts.file_sha256 is not 64 hexadecimal digits"),
+        (PARTS, '"file.gguf"', '"a/file.gguf"', "parts.file is 'a/file.gguf', expected a plain name"),
+        (PARTS, '"file.gguf"', '"file.bin"', "parts.file is 'file.bin', expected the relative path of a"),
+        (PARTS, '"file.gguf"', '"file.gguf"\nsize = 1', "x.toml: parts.size is unknown"),
+        (PARTS, '"file.gguf"', '"file.gguf"\npackages = []', "x.toml: parts.packages is unknown"),
+        (PARTS, 'version = "1.0"\n', "", "x.toml: parts.package[0].version is missing"),
+        (PARTS, "= 30", "= -30", "parts.package[1].member_bytes is -30, expected a size above 0"),
+        (PARTS, "file.gguf.part1", "../x", "parts.package[1].member is 'folder/../x', expected the relative"),
     ],
 )
 def test_mistakes(text: str, old: str, new: str, message: str) -> None:

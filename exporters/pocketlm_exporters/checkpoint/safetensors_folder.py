@@ -17,7 +17,7 @@ from pocketlm.hub import SourceFiles
 from pocketlm.manifest import Source, Tokens
 from pocketlm.progress import Progress, silent
 from pocketlm_exporters.checkpoint.safetensors_weights import INDEX_NAME, SafetensorsWeights
-from pocketlm_exporters.checkpoint.tensors import LazyTensors, check_llama_shapes, stored_types
+from pocketlm_exporters.checkpoint.tensors import LazyTensors, check_decoder_shapes, stored_types
 from pocketlm_exporters.checkpoint.types import Checkpoint
 from pocketlm_exporters.checkpoint.vocabulary import (
     damage_reported,
@@ -50,7 +50,7 @@ def open_safetensors_folder(source: SourceFiles, *, progress: Progress = silent)
         )
     weights = SafetensorsWeights(folder)
     if config.get("model_type") in _LLAMA_FAMILY:
-        check_llama_shapes(config, weights.shapes, str(folder))
+        check_decoder_shapes(config, weights.shapes, str(folder))
     tokenizer_json, tokenizer = _read_tokenizer(folder, config.get("vocab_size"))
     settings = _read_object(folder / _TOKENIZER_CONFIG, optional=True)
     template = _chat_template(folder, settings)

@@ -14,6 +14,17 @@ from pocketlm.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
+_BLOCK_NORMS = {
+    "llama": ("input_layernorm", "post_attention_layernorm"),
+    "gemma3": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+_HEAD_NORMS = {"llama": (), "gemma3": ("self_attn.q_norm", "self_attn.k_norm")}
+
 
 class MissingTensorError(CheckpointError, KeyError):
     """A name that the checkpoint does not hold; a KeyError too, as `Mapping` promises."""
@@ -69,13 +80,13 @@ def stored_types(types: Iterator[str]) -> str:
     )
 
 
-def check_llama_shapes(config: Mapping[str, Any], shapes: Mapping[str, Shape], where: str) -> None:
-    """Checks that a llama-family decoder is complete and its tensors fit `config`.
+def check_decoder_shapes(config: Mapping[str, Any], shapes: Mapping[str, Shape], where: str) -> None:
+    """Checks that a decoder of a known family is complete and its tensors fit `config`.
 
     Biases may be absent, and so may the head where the embedding is tied. Tensors beyond those of the
     decoder are none of this function's business. Raises CheckpointError.
     """
-    for name, expected in _llama_shapes(config, where):
+    for name, expected in _decoder_shapes(config, where):
         optional = name.endswith(".bias") or (name == "lm_head.weight" and config.get("tie_word_embeddings"))
         if name not in shapes:
             if optional:
@@ -92,7 +103,7 @@ def check_llama_shapes(config: Mapping[str, Any], shapes: Mapping[str, Shape], w
             )
 
 
-def _llama_shapes(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Shape]]:
+def _decoder_shapes(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Shape]]:
     """Lazily: a configuration that claims a billion layers fails at the first one that is missing."""
 
     def size(key: str, default: int | None = None) -> int:
@@ -105,6 +116,7 @@ def _llama_shapes(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, 
             )
         return value
 
+    family = "gemma3" if config["model_type"] == "gemma3_text" else "llama"
     hidden, inner, heads = size("hidden_size"), size("intermediate_size"), size("num_attention_heads")
     head_dim = size("head_dim", max(1, hidden // heads))
     queries, keys = heads * head_dim, size("num_key_value_heads", heads) * head_dim
@@ -122,8 +134,10 @@ def _llama_shapes(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, 
     }
     for layer in range(size("num_hidden_layers")):
         prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (hidden,)
-        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+        for name in _BLOCK_NORMS[family]:
+            yield f"{prefix}.{name}.weight", (hidden,)
+        for name in _HEAD_NORMS[family]:
+            yield f"{prefix}.{name}.weight", (head_dim,)
         for name, (outputs, inputs) in linears.items():
             yield f"{prefix}.{name}.weight", (outputs, inputs)
             yield f"{prefix}.{name}.bias", (outputs,)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from pocketlm_exporters.decoder import Array, Linear
 from pocketlm_exporters.graph.builder import MICROSOFT, GraphBuilder
+from pocketlm_exporters.quantize.nibbles import NibbleWeight
 from pocketlm_exporters.quantize.rounding import BLOCK, LEVELS, BlockWeight, ChannelWeight
 
 # Quantized activations are uint8 around 128: ONNX Runtime's kernels for signed ones are up to thirty
@@ -105,25 +106,47 @@ class BlockLinear:
     bias: Array | None
 
     def __call__(self, g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
-        outputs = self.weight.values.shape[0]
-        return _add_bias(
-            g,
-            g.op(
-                "MatMulNBits",
-                x,
-                g.constant(f"{path}.weight", self.weight.values),
-                g.constant(f"{path}.scales", self.weight.scales.reshape(-1)),
-                name=path,
-                domain=MICROSOFT,
-                K=self.inputs,
-                N=outputs,
-                bits=8,
-                block_size=BLOCK,
-                accuracy_level=4,  # eight-bit activations, in blocks too
-            ),
-            self.bias,
-            path,
-        )
+        product = _block_product(g, x, self.weight, self.inputs, path, bits=8)
+        return _add_bias(g, product, self.bias, path)
+
+
+@dataclass(frozen=True)
+class NibbleLinear:
+    """Four-bit weights with a scale and a zero point for each block: half the bytes of eight bits."""
+
+    weight: NibbleWeight
+    inputs: int
+    bias: Array | None
+
+    def __call__(self, g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
+        zero_points = g.constant(f"{path}.zero_points", self.weight.zero_points.reshape(-1))
+        product = _block_product(g, x, self.weight, self.inputs, path, zero_points, bits=4)
+        return _add_bias(g, product, self.bias, path)
+
+
+def _block_product(
+    g: GraphBuilder,
+    x: ir.Value,
+    weight: BlockWeight | NibbleWeight,
+    inputs: int,
+    path: str,
+    *zero_points: ir.Value,
+    bits: int,
+) -> ir.Value:
+    return g.op(
+        "MatMulNBits",
+        x,
+        g.constant(f"{path}.weight", weight.values),
+        g.constant(f"{path}.scales", weight.scales.reshape(-1)),
+        *zero_points,
+        name=path,
+        domain=MICROSOFT,
+        K=inputs,
+        N=len(weight.values),
+        bits=bits,
+        block_size=BLOCK,
+        accuracy_level=4,  # eight-bit activations, in blocks too
+    )
 
 
 def _quantize(g: GraphBuilder, x: ir.Value, scale: np.float32, path: str) -> ir.Value:

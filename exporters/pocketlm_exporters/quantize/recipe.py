@@ -10,7 +10,12 @@ import numpy as np
 
 from pocketlm.manifest import LayerPrecision
 from pocketlm_exporters.decoder import Array, DecoderWeights, Linear
-from pocketlm_exporters.graph.embedding import BlockEmbedding, EmbeddingEmitter
+from pocketlm_exporters.graph.embedding import (
+    BlockEmbedding,
+    EmbeddingEmitter,
+    TiedBlockEmbedding,
+    TiedBlockHead,
+)
 from pocketlm_exporters.graph.linear import BlockLinear, LinearEmitter, RowInt8Linear, StaticInt8Linear
 from pocketlm_exporters.processor import WeightBytes
 from pocketlm_exporters.quantize.rounding import BLOCK, round_blocks, round_channels
@@ -24,33 +29,36 @@ _BY_GAIN = ("down", "qkv", "gate_up", "output", "head")
 EMBEDDING = "embedding"
 
 
-def has_fixed_range(path: str) -> bool:
-    """Whether the linear's input comes from a norm."""
+def can_have_fixed_range(path: str) -> bool:
+    """Whether one range can do for the linear's input in a rotated model: it comes from a norm."""
     return path.rpartition(".")[2] in _BEHIND_A_NORM
 
 
-def int8(finer: Collection[str] = ()) -> Predicate:
+def int8(fixed: Collection[str], finer: Collection[str] = ()) -> Predicate:
     """The int8 recipe: path → precision.
 
-    Rows behind a norm of a rotated model are alike, so one fixed range does for them and saves the search
-    for each row's own. The other rows (what attention and the MLP's activation make) differ by orders of
-    magnitude and get a scale each. `finer` are the paths that a quality gate spends more on.
+    The linears at `fixed` have one range for all rows, which saves the search for each row's own: rows behind
+    a norm of a rotated model are alike. Other rows differ by orders of magnitude and get a scale each.
+    `finer` are the paths that a quality gate spends more on.
     """
 
     def precision(path: str) -> LinearPrecision:
         if path in finer:
             return "int8-block32"
-        return "int8-static" if has_fixed_range(path) else "int8-row"
+        return "int8-static" if path in fixed else "int8-row"
 
     return precision
 
 
-def describe(finer: int, weights: WeightBytes) -> str:
+def describe(rotated: bool, finer: int, weights: WeightBytes) -> str:
     """The recipe in a sentence, with how many linears were stored in finer blocks."""
-    recipe = (
-        f"rotated residual stream; smoothed; {weights} weights per channel; "
-        "activations fixed behind norms, else per row"
-    )
+    if rotated:
+        recipe = (
+            f"rotated residual stream; smoothed; {weights} weights per channel; "
+            "activations fixed behind norms, else per row"
+        )
+    else:
+        recipe = f"smoothed, behind norms too; {weights} weights per channel; activations per row"
     return f"{recipe}; {finer} most sensitive linears in blocks of {BLOCK}" if finer else recipe
 
 
@@ -89,15 +97,25 @@ def quantize(
     `on_linear(done, total)` is called after each weight.
     """
     total = len(weights.linears) + 1
-    table = round_blocks(weights.embedding())
-    report = [LayerPrecision(EMBEDDING, "int8-block32", table.worst_error)]
+    embedding, linears, report = round_embedding(weights)
     on_linear(1, total)
-    linears: dict[str, LinearEmitter] = {}
     for path, linear in weights.linears.items():
         linears[path], worst_error = _round(linear, precision(path), ranges.get(path), weight_bytes)
         report.append(LayerPrecision(path, precision(path), worst_error))
         on_linear(len(report), total)
-    return QuantizedDecoder(BlockEmbedding(table, weights.config.hidden), linears, tuple(report))
+    return QuantizedDecoder(embedding, linears, tuple(report))
+
+
+def round_embedding(
+    weights: DecoderWeights,
+) -> tuple[EmbeddingEmitter, dict[str, LinearEmitter], list[LayerPrecision]]:
+    """The embedding in eight-bit blocks, the head where it shares its table, and the report so far."""
+    table = round_blocks(weights.embedding())
+    report = [LayerPrecision(EMBEDDING, "int8-block32", table.worst_error)]
+    if "head" in weights.linears:
+        return BlockEmbedding(table, weights.config.hidden), {}, report
+    tied = TiedBlockEmbedding(table, weights.config.hidden)
+    return tied, {"head": TiedBlockHead(tied)}, report
 
 
 def _round(

@@ -2,7 +2,8 @@
 
 A linear's input channel that is far larger than the others wastes the range of its row. Dividing it by s
 and multiplying the weight's column by s changes nothing but what rounding costs. The division is folded
-into the layer that makes the channel: values for the attention's output linear, ups for the down linear.
+into the layer that makes the channel: values for the attention's output linear, ups for the down linear,
+the norm for what stands behind one.
 """
 
 from __future__ import annotations
@@ -14,19 +15,27 @@ import numpy as np
 
 from pocketlm_exporters.decoder import Array, DecoderConfig, DecoderWeights, Linear
 
+# What makes each linear's input: a linear whose last outputs these are, or a norm.
+_MAKERS = {"output": "qkv", "down": "gate_up"}
+_NORMS = {"qkv": "attention_norm", "gate_up": "mlp_norm"}
 
-def smoothing_scales(weights: DecoderWeights, largest: Mapping[str, Array], alpha: float) -> dict[str, Array]:
-    """What to divide each input channel of the output and down linears by, as (inputs) by the linear's path.
 
-    `largest` holds the largest magnitude of each input channel (inputs) by path; `alpha` (0 … 1) is how
-    much of the difficulty moves from activations to weights.
+def smoothing_scales(
+    weights: DecoderWeights, largest: Mapping[str, Array], alpha: float, *, behind_norms: bool = False
+) -> dict[str, Array]:
+    """What to divide each input channel of linears by, as (inputs) by the linear's path.
+
+    These are the output and down linears, and `behind_norms` those that read from the residual stream too
+    (not the head, whose weights may be the embedding's). `largest` holds the largest magnitude of each input
+    channel (inputs) by path; `alpha` (0 … 1) is how much of the difficulty moves from activations to weights.
     """
     config = weights.config
     scales: dict[str, Array] = {}
     for n in range(config.layers):
-        for path in (f"layers.{n}.output", f"layers.{n}.down"):
+        for kind in (*_MAKERS, *(_NORMS if behind_norms else ())):
+            path = f"layers.{n}.{kind}"
             activations, columns = largest[path], np.abs(weights.linears[path].weight()).max(axis=0)
-            if path.endswith("output"):
+            if kind == "output":
                 # The heads of a group read the same values, so they share their scales.
                 activations, columns = (_shared_by_group(each, config) for each in (activations, columns))
             scales[path] = _scales(activations, columns, alpha)
@@ -34,17 +43,19 @@ def smoothing_scales(weights: DecoderWeights, largest: Mapping[str, Array], alph
 
 
 def smooth(weights: DecoderWeights, scales: Mapping[str, Array]) -> DecoderWeights:
-    """The same decoder with linears' inputs divided by `scales`, folded into the linears that make them."""
+    """The same decoder with linears' inputs divided by `scales`, folded into what makes them."""
     config = weights.config
-    linears = dict(weights.linears)
-    for n in range(config.layers):
-        for reader, maker in (("output", "qkv"), ("down", "gate_up")):
-            read_path, make_path = f"layers.{n}.{reader}", f"layers.{n}.{maker}"
-            divisors = scales[read_path]
-            linears[read_path] = _scale_inputs(linears[read_path], divisors)
-            made = divisors if reader == "down" else _one_of_each_group(divisors, config)
-            linears[make_path] = _divide_last_outputs(linears[make_path], made)
-    return replace(weights, linears=linears)
+    linears, norms = dict(weights.linears), dict(weights.norms)
+    for path, divisors in scales.items():
+        layer, _, kind = path.rpartition(".")
+        linears[path] = _scale_inputs(linears[path], divisors)
+        if kind in _NORMS:
+            norms[f"{layer}.{_NORMS[kind]}"] = norms[f"{layer}.{_NORMS[kind]}"] / divisors
+        else:
+            maker = f"{layer}.{_MAKERS[kind]}"
+            made = divisors if kind == "down" else _one_of_each_group(divisors, config)
+            linears[maker] = _divide_last_outputs(linears[maker], made)
+    return replace(weights, linears=linears, norms=norms)
 
 
 def _shared_by_group(channels: Array, config: DecoderConfig) -> Array:

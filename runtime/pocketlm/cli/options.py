@@ -129,7 +129,7 @@ PrecisionName = Annotated[
         "--precision",
         metavar="NAME",
         callback=_check_precision,
-        help="int8 (the default) or fp32.",
+        help="int8 (the default), int4 or fp32.",
         show_default=False,
     ),
 ]

@@ -12,7 +12,7 @@ from pocketlm.bundle import Bundle
 from pocketlm.cli import console
 from pocketlm.files import readable_size
 from pocketlm.manifest import Manifest, Source
-from pocketlm_models import CatalogueEntry, HubSource, PackageSource
+from pocketlm_models import CatalogueEntry, HubSource, PackageSource, PartsSource
 
 NONE = "–"
 
@@ -31,7 +31,7 @@ def print_bundles(bundles: Iterable[tuple[str, Bundle]]) -> None:
             f"{quality.kl_mean:.4f}" if quality else NONE,
             f"{quality.top1_agreement:.1%}" if quality else NONE,
             manifest.licence or "unknown",
-            _source(manifest.source),
+            _short_source(manifest.source),
         )
     console.out().print(table)
 
@@ -47,8 +47,11 @@ def print_entries(entries: Iterable[CatalogueEntry]) -> None:
 
 def print_entry(entry: CatalogueEntry) -> None:
     """All that the catalogue knows of a model that is not here."""
+    source = entry.source
     download = (
-        readable_size(entry.source.wheel_bytes) if isinstance(entry.source, PackageSource) else "not known"
+        "not known"
+        if isinstance(source, HubSource)
+        else readable_size(sum(package.wheel_bytes for package in source.packages))
     )
     _print_sections(
         entry.name,
@@ -56,7 +59,7 @@ def print_entry(entry: CatalogueEntry) -> None:
             "Catalogue": {
                 "What it is": entry.description,
                 "Licence": entry.licence,
-                "Source": _where(entry.source),
+                "Source": _where(source),
                 "Download": download,
                 "Precision": f"{entry.precision} unless another is asked for",
             }
@@ -112,9 +115,8 @@ def _quality(manifest: Manifest) -> dict[str, str]:
     }
     if manifest.calibration is not None:
         calibration = manifest.calibration
-        rows["Calibrated on"] = (
-            f"{calibration.text}, {calibration.tokens:,} tokens, smoothing {calibration.smoothing:g}"
-        )
+        smoothing = "" if calibration.smoothing is None else f", smoothing {calibration.smoothing:g}"
+        rows["Calibrated on"] = f"{calibration.text}, {calibration.tokens:,} tokens{smoothing}"
     return rows
 
 
@@ -123,10 +125,18 @@ def _source(source: Source) -> str:
     return source.location + (f" @ {source.revision[:12]}" if source.revision else "")
 
 
-def _where(source: PackageSource | HubSource) -> str:
-    if isinstance(source, PackageSource):
-        return f"package {source.name} {source.version}"
-    return f"hf:{source.repository}" + (f" @ {source.revision[:12]}" if source.revision else "")
+def _short_source(source: Source) -> str:
+    """Of a source in parts only the first: a line has no room for all."""
+    first, *others = source.location.split(" + ")
+    return f"{first} and {len(others)} more" if others else _source(source)
+
+
+def _where(source: PackageSource | PartsSource | HubSource) -> str:
+    if isinstance(source, HubSource):
+        return f"hf:{source.repository}" + (f" @ {source.revision[:12]}" if source.revision else "")
+    first, *others = source.packages
+    more = f" and {len(others)} more" if others else ""
+    return f"package {first.name} {first.version}{more}"
 
 
 def _table(*headings: str) -> Table:

@@ -136,7 +136,7 @@ def test_a_comparison_ends_with_its_conclusion(capsys: pytest.CaptureFixture[str
     assert "312.0 MB" in line_of(text, "peak memory")
     assert "• batch: the prompts differ" in text
     assert text.splitlines()[-1].startswith("13 regressions beyond 5 %: pp512 prefill tok/s, tg128 TPOT ms, ")
-    assert text.splitlines()[-1].endswith(" and 9 more.")
+    assert text.splitlines()[-1].endswith(" and 10 more.")
 
 
 def test_a_comparison_without_a_loss(capsys: pytest.CaptureFixture[str]) -> None:
