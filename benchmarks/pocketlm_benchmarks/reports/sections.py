@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 from pocketlm_benchmarks.reports import costs, setting, speed
 from pocketlm_benchmarks.reports.formatting import headlines, of_figure, of_summary, quality_of, size, title
@@ -13,6 +14,7 @@ SPEED, ENERGY, SUSTAINED = "Speed", "Energy", "Sustained load"
 """Titles of the sections that the page puts plots into."""
 
 _PLACES = 3
+_PERCENTAGE = re.compile(r"\d+(?=%)")
 
 
 def sections(result: Result, *, narrow: bool = False) -> list[Section]:
@@ -32,15 +34,31 @@ def sections(result: Result, *, narrow: bool = False) -> list[Section]:
 
 
 def flags(result: Result) -> tuple[str, ...]:
-    """The run's flags and those of single measurements, each once, with the places it concerns."""
+    """The run's flags and those of single measurements, each once, with the places it concerns.
+
+    Flags that differ only in a percentage become one with the range of it.
+    """
     places: dict[str, list[str]] = {flag: [] for flag in result.flags}
+    shares: dict[str, set[int]] = {}
     for measurement in result.measurements:
         where = f"{measurement.case} {measurement.engine}"
         for flag in (*measurement.flags, *(flag for block in measurement.blocks for flag in block.flags)):
-            places.setdefault(flag, [])
-            if flag not in result.flags and where not in places[flag]:
-                places[flag].append(where)
-    return tuple(f"{flag}{_where(where)}" for flag, where in places.items())
+            if flag in result.flags:
+                continue
+            kind = _PERCENTAGE.sub("{share}", flag, count=1)
+            shares.setdefault(kind, set()).update(map(int, _PERCENTAGE.findall(flag)[:1]))
+            if where not in places.setdefault(kind, []):
+                places[kind].append(where)
+    return tuple(
+        f"{kind.replace('{share}', _range(shares.get(kind, set())))}{_where(where)}"
+        for kind, where in places.items()
+    )
+
+
+def _range(shares: Collection[int]) -> str:
+    if not shares:
+        return ""
+    return str(min(shares)) if len(shares) == 1 else f"{min(shares)} to {max(shares)}"
 
 
 def _where(places: Sequence[str]) -> str:

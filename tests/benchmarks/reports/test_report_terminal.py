@@ -125,6 +125,18 @@ def test_flags_say_where() -> None:
     assert flags(replace(result, flags=[NOISY]))[0] == NOISY  # of the whole run: no place is named
 
 
+def test_flags_that_differ_in_a_percentage_become_one() -> None:
+    result = a_result()
+    first, second, *others = result.measurements
+    measurements = [
+        replace(first, flags=["slowed down by 7% in all"]),
+        replace(second, flags=["slowed down by 25% in all"]),
+        *(replace(each, flags=[]) for each in others),
+    ]
+    where = f"{first.case} {first.engine}, {second.case} {second.engine}"
+    assert f"slowed down by 7 to 25% in all ({where})" in flags(replace(result, measurements=measurements))
+
+
 def test_a_comparison_ends_with_its_conclusion(capsys: pytest.CaptureFixture[str]) -> None:
     before, after = a_result(), a_result(faster=0.8, seed=1)
     cases = [replace(case, sha256="9" * 64) if case.name == "batch" else case for case in after.cases]
