@@ -104,7 +104,10 @@ class EngineProcess:
             _reader(self._process.stderr, self._keep_stderr, limit=_STDERR_LINE_BYTES),
         ]
         try:
-            self.info: EngineInfo = EngineInfo(**self._ask(request, start_timeout_s)["info"])
+            opened = self._ask(request, start_timeout_s)
+            self.info: EngineInfo = EngineInfo(**opened["info"])
+            # In a virtual environment on Windows, what was started is a launcher of the interpreter.
+            self.pid = opened["pid"]
         except BaseException:
             self.close()
             raise

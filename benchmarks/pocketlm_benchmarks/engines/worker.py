@@ -2,7 +2,7 @@
 
 Reads one JSON object a line on standard input and answers each with one on standard output:
 
-    {"open": EngineSpec, "adapter": "module:Class"}   →  {"info": EngineInfo}
+    {"open": EngineSpec, "adapter": "module:Class"}   →  {"info": EngineInfo, "pid": its own}
     {"answer": {"queries": [Query], "repeat": 1}}     →  {"traces": [Trace], "walls_s": [of each repeat]}
     {"close": true}                                   →  nothing: the process ends
 
@@ -50,7 +50,7 @@ def serve(requests: Iterable[bytes], reply: Reply) -> None:
             try:
                 if "open" in request:
                     engine = _open(request)
-                    reply({"info": dataclasses.asdict(engine.info)})
+                    reply({"info": dataclasses.asdict(engine.info), "pid": os.getpid()})
                 else:
                     reply(_answer(engine, **request["answer"]))
             except Exception as error:

@@ -56,6 +56,21 @@ def test_answers() -> None:
     assert answered.wall_s == sum(answered.walls_s) > 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_behind_a_launcher_the_process_is_the_interpreters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a virtual environment's interpreter on Windows is one."""
+    launcher = tmp_path / "python"
+    launcher.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\nexit $?\n')
+    launcher.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(Path(fake_bench_engine.__file__).parents[1]))
+    with EngineProcess(spec(python=str(launcher))) as engine:
+        assert psutil.Process(engine.pid).parent().cmdline()[1] == str(launcher)
+        assert len(engine.answer([QUERY]).traces) == 1
+    assert not psutil.pid_exists(engine.pid)
+
+
 def test_wall_time_is_the_sum_of_the_repeats() -> None:
     assert Answered((), (1.0, 2.5)).wall_s == 3.5
 
