@@ -6,7 +6,6 @@ Exit codes are those of the command line, and 3 for a regression that `compare` 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -319,7 +318,9 @@ def _is_stdout(path: Path) -> bool:
 
 def _without_folders(argument: str) -> str:
     """The argument with names instead of absolute paths, which are nobody's business and of use to nobody."""
-    return ",".join(map(_name_only, re.split(r",(?=[\w.-]*=|https?://)", argument)))
+    from pocketlm_benchmarks.engines.registry import split_peers
+
+    return ",".join(map(_name_only, split_peers(argument)))
 
 
 def _name_only(text: str) -> str:

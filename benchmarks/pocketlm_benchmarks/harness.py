@@ -65,9 +65,7 @@ class Options:
     meter_log: Path | None = None
     cross_check: bool = False
     quality_text: Path | None = None
-    reference: Path | None = (
-        None  # the fp32 bundle to compare with; None: the model's own, exported if needed
-    )
+    reference: Path | None = None  # the fp32 bundle; None: the model's own, exported if needed
     sustain_s: float | None = None
     command: str = ""
 
@@ -129,7 +127,7 @@ def bench(
 
         with codecarbon(enabled=options.cross_check) as cross_check:
             run.measure(while_loaded)
-    measurements = list(_measurements(run.contenders, works))
+    measurements = _measurements(run.contenders, works)
     cases = [work.case for work in works]
     return Result(
         format_version=1,
@@ -149,9 +147,9 @@ def bench(
         engines=[_engine_result(each) for each in run.contenders],
         cases=cases,
         measurements=measurements,
-        ratios=list(_ratios(run.contenders, works)),
+        ratios=_ratios(run, works),
         energy=None if meter is None else meter.setup(run.idle, cross_check),
-        physics=physics(peaks, bundle.manifest, cases, [m for m in measurements if m.engine == OURS]),
+        physics=physics(peaks, bundle.manifest, cases, measurements),
         sustained=sustained[0] if sustained else None,
         flags=flags,
     )
@@ -170,16 +168,16 @@ def _works(bundle: Bundle, options: Options) -> list[Work]:
         special_ids=special,
     )
     trained = manifest.dimensions.context_length
-    names = options.workloads
-    if names is None:
-        names = ("chat",) if tokenizer.has_chat_template else ()
-    works += [workload(name, tokenizer.encode_chat, trained) for name in names]
     for work in works:
         if work.context_length > trained:
             raise InvalidSettingError(
                 f"the case {work.case.name} needs a context of {work.context_length:,} tokens; "
                 f"{manifest.name} was trained for {trained:,}. Ask for fewer."
             )
+    names = options.workloads
+    if names is None:
+        names = ("chat",) if tokenizer.has_chat_template else ()
+    works += [workload(name, tokenizer.encode_chat, trained) for name in names]
     if not works:
         raise InvalidSettingError("there is nothing to measure: no prompt sizes, no depths and no workloads.")
     return works
@@ -230,11 +228,11 @@ def _measurements(contenders: Sequence[Contender], works: Sequence[Work]) -> lis
     return found
 
 
-def _ratios(contenders: Sequence[Contender], works: Sequence[Work]) -> list[Ratio]:
-    ours = next(each for each in contenders if each.name == OURS)
+def _ratios(run: Run, works: Sequence[Work]) -> list[Ratio]:
+    ours = run.ours
     return [
         ratio
-        for peer in contenders
+        for peer in run.contenders
         for work in works
         if peer is not ours and work.case.name in peer.raw
         for ratio in ratios(work.case, ours.raw[work.case.name], peer.name, peer.raw[work.case.name])

@@ -42,7 +42,6 @@ class Plan:
     seed: int
     warm_loads: int = 3  # of ours; a peer is loaded warm once
     warm_up_most: int = 6
-    block_s: float = 0.0  # the shortest block, where no energy is measured
 
 
 @dataclass
@@ -75,6 +74,10 @@ class Run:
         self.contenders = [Contender(name, spec) for name, spec in plan.engines.items()]
 
     @property
+    def ours(self) -> Contender:
+        return next(each for each in self.contenders if each.name == OURS)
+
+    @property
     def pids(self) -> list[int]:
         """Processes of the engines that run now."""
         return [each.engine.pid for each in self.contenders if each.engine is not None]
@@ -93,7 +96,7 @@ class Run:
                 # Where another process computes, this one says nothing of what the model takes.
                 each.memory = memory_of(engine.pid) if engine.info.energy_seen == "process" else None
             if then is not None:
-                then(next(each for each in self.contenders if each.name == OURS))
+                then(self.ours)
         finally:
             for each in self.contenders:
                 self._close(each)
@@ -134,19 +137,20 @@ class Run:
             if block.reading is not None and block.reading.power_w is not None:
                 powers_w.append(block.reading.power_w)
         each.warm_up += len(walls_s)
-        block_s = self._plan.block_s
+        groups = 1
         if self._meter is not None:
             block_s = self._meter.block_s(statistics.median(powers_w) if powers_w else None)
-        each.groups[work.case.name] = max(1, math.ceil(block_s / statistics.median(walls_s)))
+            groups = max(1, math.ceil(block_s / statistics.median(walls_s)))
+        each.groups[work.case.name] = groups
         each.raw[work.case.name] = Raw(_engine(each).info)
 
     def _rounds(self) -> None:
-        blocks = list(self._order())
-        done = 0
+        rounds = [list(self._order()) for _ in range(self._plan.rounds)]
+        done, total = 0, sum(map(len, rounds))
         self._measure_idle()
-        for round_ in range(self._plan.rounds):
-            for each, work in [pair for number, pair in blocks if number == round_]:
-                self._progress("Measuring", done, len(blocks), "blocks")
+        for round_, blocks in enumerate(rounds):
+            for each, work in blocks:
+                self._progress("Measuring", done, total, "blocks")
                 done += 1
                 if each.engine is None:
                     continue
@@ -158,16 +162,16 @@ class Run:
                 each.raw[work.case.name].blocks.append(block)
             self._measure_idle()
             self._note_idle(round_)
-        self._progress("Measuring", len(blocks), len(blocks), "blocks")
+        self._progress("Measuring", total, total, "blocks")
 
-    def _order(self) -> Iterator[tuple[int, tuple[Contender, Work]]]:
-        for round_ in range(self._plan.rounds):
-            works = list(self._plan.works)
-            self._random.shuffle(works)
-            for work in works:
-                contenders = [each for each in self._loaded() if work.case.name in each.groups]
-                self._random.shuffle(contenders)
-                yield from ((round_, (each, work)) for each in contenders)
+    def _order(self) -> Iterator[tuple[Contender, Work]]:
+        """The blocks of one round."""
+        works = list(self._plan.works)
+        self._random.shuffle(works)
+        for work in works:
+            contenders = [each for each in self._loaded() if work.case.name in each.groups]
+            self._random.shuffle(contenders)
+            yield from ((each, work) for each in contenders)
 
     def _block(self, each: Contender, work: Work, *, groups: int, round_: int) -> RawBlock:
         engine = _engine(each)
@@ -204,8 +208,7 @@ class Run:
 
     def _measure_idle(self) -> None:
         if self._meter is not None:
-            ours = next(each for each in self.contenders if each.name == OURS)
-            self.idle.append(self._meter.idle(_engine(ours).pid))
+            self.idle.append(self._meter.idle(_engine(self.ours).pid))
 
     def _note_idle(self, round_: int) -> None:
         """Gives the round's blocks the idle power around them."""

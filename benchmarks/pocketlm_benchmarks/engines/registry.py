@@ -9,8 +9,8 @@ from typing import Literal
 
 from pocketlm.errors import InvalidSettingError, did_you_mean
 from pocketlm_benchmarks.engines.http_json import parse_url
+from pocketlm_benchmarks.result import OURS
 
-OURS = "pocketlm"
 SERVER = "server"
 
 
@@ -66,8 +66,12 @@ def parse_against(text: str) -> list[PeerSpec]:
 
     Raises InvalidSettingError for a kind that is not known and for weights that are not there.
     """
-    # Only a comma that a kind or a URL follows separates: file names hold commas too.
-    return [_peer(item) for item in re.split(r",(?=[\w.-]*=|https?://)", text)]
+    return [_peer(item) for item in split_peers(text)]
+
+
+def split_peers(text: str) -> list[str]:
+    """The items of `--against`. Only commas before a kind or a URL separate: file names hold some too."""
+    return re.split(r",(?=[\w.-]*=|https?://)", text)
 
 
 def _peer(item: str) -> PeerSpec:
