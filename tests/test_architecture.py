@@ -132,6 +132,7 @@ def test_public_names() -> None:
         "Model",
         "Piece",
         "PocketlmError",
+        "QueueFullError",
         "Sampling",
         "Settings",
         "Stream",

@@ -147,15 +147,15 @@ def int8_product(shape: tuple[int, int, int], weights: WeightBytes | None = None
     unsigned = (weights or weight_bytes()) == "unsigned"
     g = GraphBuilder("int8")
     x = g.input("x", ir.DataType.UINT8, (rows, inputs))
-    zero = g.constant("zero_point", ZERO_POINT)
+    weight_zero = np.full(outputs, ZERO_POINT) if unsigned else np.zeros(outputs, np.int8)
     y = g.op(
-        "MatMulIntegerToFloat",
+        "QGemm",
         x,
-        g.constant("weight", weight if unsigned else (weight ^ ZERO_POINT).view(np.int8)),
         g.constant("range", np.float32(1)),
+        g.constant("zero_point", ZERO_POINT),
+        g.constant("weight", weight if unsigned else (weight ^ ZERO_POINT).view(np.int8)),
         g.constant("scales", np.ones(outputs, np.float32)),
-        zero,
-        zero if unsigned else None,
+        g.constant("weight_zero_points", weight_zero),
         name="product",
         domain=MICROSOFT,
     )

@@ -17,7 +17,6 @@ class LayerAttention:
 
     inverse_frequencies: tuple[float, ...]  # of the rotary embedding: head_dim / 2, in radians per token
     sliding_window: int | None = None  # tokens that a query sees, itself included; None: all of them
-    scale: float | None = None  # of the products of queries and keys; None: 1 / √head_dim
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,9 @@ class DecoderWeights:
     Norms are layers.N.attention_norm, layers.N.mlp_norm and final_norm, each (hidden). Some families have
     more: layers.N.attention_post_norm and layers.N.mlp_post_norm (hidden), behind what is added to the
     residual stream, and layers.N.query_norm and layers.N.key_norm (head_dim).
+
+    Attention multiplies queries and keys and nothing else: what the family scales the products by is in the
+    queries' rows, or in their norm.
     """
 
     config: DecoderConfig

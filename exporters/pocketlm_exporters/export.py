@@ -31,7 +31,8 @@ from pocketlm.tokenizer import Tokenizer
 from pocketlm_exporters import calibrate, texts, verify
 from pocketlm_exporters.architectures import architecture_of
 from pocketlm_exporters.checkpoint import Checkpoint, open_checkpoint
-from pocketlm_exporters.decoder import Array, DecoderWeights
+from pocketlm_exporters.decoder import Array, DecoderConfig, DecoderWeights
+from pocketlm_exporters.drafts import add_ngrams
 from pocketlm_exporters.graph.builder import GraphBuilder
 from pocketlm_exporters.graph.embedding import FloatEmbedding, TiedFloatHead
 from pocketlm_exporters.graph.linear import FloatLinear, LinearEmitter, TappedLinear
@@ -61,6 +62,7 @@ def export(
     precision: str = "int8",
     max_kl: float | None = None,
     weights: WeightBytes | None = None,
+    ngrams: int = 0,
     progress: Progress = silent,
 ) -> Manifest:
     """Writes the bundle `output` from a checkpoint, whole or not at all; returns its manifest.
@@ -68,6 +70,7 @@ def export(
     `max_kl` is the quality gate: the mean divergence from the fp32 graph, in nats per token. Where int8
     or int4 misses it, the most sensitive linears are stored more finely until it is met. `weights` is how the
     bytes of int8 weights are stored, by default as this machine likes them; the results are the same.
+    `ngrams` is how many tokens the finished model generates for a table to draft from; 0 makes none.
 
     Raises CheckpointError or UnsupportedModelError for the source, QualityGateError if the gate cannot be
     met, InvalidSettingError, and StorageError for a disk that is full or not writable.
@@ -77,11 +80,17 @@ def export(
     gate = DEFAULT_MAX_KL[precision] if max_kl is None else max_kl
     if not gate >= 0:
         raise InvalidSettingError(f"max_kl is {max_kl!r}; a number of nats from 0 on is expected.")
+    if ngrams < 0:
+        raise InvalidSettingError(f"ngrams is {ngrams!r}; a number of tokens from 0 on is expected.")
     with atomic_folder(output) as folder:
         job = _Export(open_checkpoint(source, progress=progress), folder, progress)
         if precision == "fp32":
-            return job.fp32()
-        return job.int4(gate) if precision == "int4" else job.int8(gate, weights or weight_bytes())
+            manifest = job.fp32()
+        elif precision == "int4":
+            manifest = job.int4(gate)
+        else:
+            manifest = job.int8(gate, weights or weight_bytes())
+        return add_ngrams(folder, manifest, ngrams, progress) if ngrams else manifest
 
 
 @dataclass(frozen=True)
@@ -313,7 +322,9 @@ class _Export:
                 dimensions=self._dimensions,
                 tokens=checkpoint.tokens,
                 graph=self._io,
-                kv_cache=KVCacheFormat("float32", "batch, kv_heads, capacity, head_dim"),
+                kv_cache=KVCacheFormat(
+                    "float32", "batch, kv_heads, capacity, head_dim", _windows(self._weights.config)
+                ),
                 precision=precision,
                 source=checkpoint.source,
                 licence=checkpoint.licence,
@@ -333,6 +344,11 @@ def _ever_more(sensitive: Sequence[str]) -> Iterator[Sequence[str]]:
         yield sensitive[:count]
         count *= 2
     yield sensitive
+
+
+def _windows(config: DecoderConfig) -> tuple[int | None, ...] | None:
+    windows = tuple(layer.sliding_window for layer in config.attention)
+    return windows if any(windows) else None
 
 
 def _dimensions(weights: DecoderWeights) -> Dimensions:

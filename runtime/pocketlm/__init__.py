@@ -11,10 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pocketlm.engine import Chat, Model, Settings, load
+    from pocketlm.chat import Chat
+    from pocketlm.engine import Model, load
     from pocketlm.errors import PocketlmError
     from pocketlm.generate import Completion, Piece, Stream, Timings, Usage
     from pocketlm.sampling import Sampling
+    from pocketlm.scheduler import QueueFullError
+    from pocketlm.settings import Settings
     from pocketlm.tokenizer import Message
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "Model",
     "Piece",
     "PocketlmError",
+    "QueueFullError",
     "Sampling",
     "Settings",
     "Stream",
@@ -33,10 +37,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "engine": ("Chat", "Model", "Settings", "load"),
+    "chat": ("Chat",),
+    "engine": ("Model", "load"),
     "errors": ("PocketlmError",),
     "generate": ("Completion", "Piece", "Stream", "Timings", "Usage"),
     "sampling": ("Sampling",),
+    "scheduler": ("QueueFullError",),
+    "settings": ("Settings",),
     "tokenizer": ("Message",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -5,6 +5,7 @@
     model.onnx.data      its weights, memory-mapped
     tokenizer.json       in the format of the tokenizers library
     chat_template.jinja  only if the model has one
+    ngrams.npy           only if it was exported with one: see `ngrams`
 
 The manifest is written last, so a folder without one is no bundle. Files that it does not list are ignored.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from pocketlm.errors import BundleError
 from pocketlm.files import atomic_write, sha256_of
 from pocketlm.manifest import MANIFEST_NAME, FileEntry, Manifest, parse_manifest, read_manifest
+from pocketlm.ngrams import NGRAMS_NAME, NgramTable
 from pocketlm.progress import Progress, silent
 
 GRAPH_NAME = "model.onnx"
@@ -52,6 +54,13 @@ class Bundle:
         if TEMPLATE_NAME not in self.manifest.files:
             return None
         return _read_text(self.folder / TEMPLATE_NAME)
+
+    @property
+    def ngrams(self) -> NgramTable | None:
+        """The table of n-grams to draft from, read on each access; None without one. Raises BundleError."""
+        if NGRAMS_NAME not in self.manifest.files:
+            return None
+        return NgramTable.load(self.folder / NGRAMS_NAME, self.manifest.dimensions.vocabulary)
 
 
 def open_bundle(folder: Path, *, verify: bool = True, progress: Progress = silent) -> Bundle:

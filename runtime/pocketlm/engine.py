@@ -4,49 +4,48 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketlm import saved_prefix
 from pocketlm.bundle import Bundle, open_bundle
+from pocketlm.chat import Chat
+from pocketlm.constraint import ConstraintFactory
+from pocketlm.draft_model import DraftModel
 from pocketlm.errors import ContextOverflowError, InvalidSettingError, PocketlmError, PromptError
-from pocketlm.generate import Completion, Stream, passes
+from pocketlm.generate import Answer, Channel, Completion, Stream
 from pocketlm.hub import find_bundle
-from pocketlm.kv_cache import CachePool, KVCache
+from pocketlm.kv_cache import KVCache
+from pocketlm.kv_pool import KVPool
 from pocketlm.manifest import Manifest
+from pocketlm.overflow import fit
+from pocketlm.power import Power, PowerMode
+from pocketlm.power import power as choose_power
 from pocketlm.progress import Progress, silent
-from pocketlm.sampling import Sampler, Sampling
-from pocketlm.session import Session
+from pocketlm.row_costs import ASSUMED
+from pocketlm.sampling import Sampler
+from pocketlm.scheduler import PREFILL_CHUNK, Request, Scheduler, passes
+from pocketlm.session import Session, return_freed_memory
+from pocketlm.settings import AnswerSettings, Settings
+from pocketlm.speculate import Speculator
 from pocketlm.stops import StopMatcher
-from pocketlm.threads import thread_count
 from pocketlm.tokenizer import Message, Tokenizer
+from pocketlm.tools import ToolCallParser, tool_format
+from pocketlm.tuning import find_tuning
 
 DEFAULT_CONTEXT_LENGTH = 8192
 """Tokens, unless `load` is told otherwise or the model was trained for fewer."""
 
+DEFAULT_CACHE_BYTES = 512 << 20
+
 Prompt = str | Sequence[Message] | Sequence[int]
-
-
-class Settings(TypedDict, total=False):
-    """How an answer is generated. `Sampling` tells what most of them mean; its defaults hold here too."""
-
-    max_tokens: int | None  # None: until the context is full
-    stop: str | Sequence[str] | None  # the answer ends before any of these
-    ignore_eos: bool  # go on behind the model's own end of text
-    cache_prompt: bool  # False: compute the whole prompt, whatever of it is cached; for measuring
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    seed: int | None
 
 
 def load(
@@ -55,13 +54,25 @@ def load(
     precision: str | None = None,
     context_length: int | None = None,
     threads: int | None = None,
+    power: PowerMode = "balanced",
+    draft: str | Path | None = None,
+    concurrency: int = 8,
+    queue_limit: int = 64,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    reproducible: bool = False,
     progress: Progress = silent,
 ) -> Model:
     """The model of that name, fetched and exported first if it is not in the cache.
 
     `name_or_path` is a name of the catalogue, `hf:ORG/REPO[@REVISION]`, a .gguf file, a checkpoint folder or
     a bundle folder. `context_length` is in tokens, at most what the model was trained for. `threads` defaults
-    to POCKETLM_THREADS, else to the physical cores.
+    to POCKETLM_THREADS, else to what `power` makes of the physical cores. `draft` is a smaller model with the
+    same tokenizer, whose drafts this one verifies.
+
+    `concurrency` is how many answers are computed at once at most, `queue_limit` how many more may wait for
+    their turn. `cache_bytes` of memory keep the keys and values of conversations that are not under way.
+    `reproducible` makes the same seed give the same text with and without speculation and whatever else is
+    under way, at the price of speed (docs/determinism.md has both in numbers).
 
     Raises what `pocketlm.hub.pull` raises, BundleError for a damaged bundle and InvalidSettingError.
     """
@@ -70,26 +81,68 @@ def load(
     # be altered is dropped again before anything is computed with it.
     with ThreadPoolExecutor(1) as executor:
         verified = executor.submit(open_bundle, folder)
-        model = Model(open_bundle(folder, verify=False), context_length=context_length, threads=threads)
+        model = Model(
+            open_bundle(folder, verify=False),
+            context_length=context_length,
+            threads=threads,
+            power=power,
+            draft=None if draft is None else open_bundle(find_bundle(draft, progress=progress)),
+            concurrency=concurrency,
+            queue_limit=queue_limit,
+            cache_bytes=cache_bytes,
+            reproducible=reproducible,
+        )
         verified.result()
     return model
 
 
 class Model:
-    """A loaded model. Safe for several threads, each answer in its own cache."""
+    """A loaded model. Safe for several threads; answers that are asked for at once are computed together."""
 
     def __init__(
-        self, bundle: Bundle, *, context_length: int | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        context_length: int | None = None,
+        threads: int | None = None,
+        power: PowerMode = "balanced",
+        draft: Bundle | None = None,
+        concurrency: int = 8,
+        queue_limit: int = 64,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        reproducible: bool = False,
     ) -> None:
         started = time.perf_counter()
+        for name, value, least in (("concurrency", concurrency, 1), ("queue_limit", queue_limit, 0)):
+            if not isinstance(value, int) or value < least:
+                raise InvalidSettingError(f"{name} is {value!r}; a whole number from {least} on is expected.")
         self.manifest: Manifest = bundle.manifest
         self.name = bundle.manifest.name
         self.context_length = _context_length(bundle.manifest, context_length)
         self.tokenizer = Tokenizer(bundle.tokenizer_json, bundle.chat_template, self.manifest.tokens)
-        self._session: Session | None = Session(
-            bundle.graph_path, self.manifest.dimensions, self.manifest.graph, threads=thread_count(threads)
+        dimensions, graph = self.manifest.dimensions, self.manifest.graph
+        pool = KVPool(dimensions, self.context_length, cache_bytes, self.manifest.kv_cache.windows)
+        tuning = find_tuning(self.manifest)
+        self.power: Power = choose_power(power, threads=threads, tuning=tuning)
+        threads, spin_us = self.power.threads, self.power.spin_us
+        session = Session(bundle.graph_path, dimensions, graph, threads=threads, spin_us=spin_us)
+        self._constraints = ConstraintFactory(self.tokenizer, dimensions.vocabulary, self.manifest.tokens.eos)
+        costs = (tuning and tuning.costs_with(threads)) or ASSUMED
+        self._costs = costs.in_pairs() if reproducible else costs
+        self._ngrams = bundle.ngrams
+        self._tool_format = tool_format(bundle.chat_template)
+        self._draft = None if draft is None else DraftModel(draft, bundle, threads=threads, spin_us=spin_us)
+        self._session: Session | None = session
+        self._scheduler = Scheduler(
+            session,
+            pool,
+            chunk=PREFILL_CHUNK if tuning is None else tuning.prefill_chunk,
+            concurrency=concurrency,
+            queue_limit=queue_limit,
+            reproducible=reproducible,
         )
-        self._caches = CachePool(self._new_cache)
+        # For a model that is dropped without being closed; the engine's thread does not know it.
+        self._finalizer = weakref.finalize(self, Scheduler.close, self._scheduler)
         self.load_s = time.perf_counter() - started
         """Seconds that it took to load the bundle."""
 
@@ -100,9 +153,10 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Gives the model's memory back. Answers under way must have ended."""
-        self._session = None
-        self._caches = CachePool(self._new_cache)
+        """Cancels what is under way and gives the model's memory back."""
+        self._finalizer()
+        self._session = self._draft = None
+        return_freed_memory()
 
     def generate(
         self,
@@ -113,7 +167,7 @@ class Model:
         **settings: Unpack[Settings],
     ) -> Completion:
         """The whole answer to `prompt`; what the arguments mean and what is raised: see `stream`."""
-        return finish(self.stream(prompt, system=system, raw=raw, **settings))
+        return self.stream(prompt, system=system, raw=raw, **settings).finish()
 
     def stream(
         self,
@@ -129,9 +183,34 @@ class Model:
         if there is one; with `raw`, or where the model has no template, it is continued as it is. A list of
         messages goes through the template, a list of token ids is taken as it is.
 
-        Raises ContextOverflowError, PromptError and InvalidSettingError, all before anything is computed.
+        Raises ContextOverflowError, PromptError, InvalidSettingError and QueueFullError, all before anything
+        is computed.
         """
-        return self._stream(self.encode(prompt, system=system, raw=raw), settings)
+        return self._answer(self._read(prompt, system=system, raw=raw), settings)
+
+    def streams(
+        self,
+        prompt: Prompt,
+        n: int,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        **settings: Unpack[Settings],
+    ) -> list[Stream]:
+        """`n` answers to one prompt, which is computed once. The first has the `seed`, if there is one, each
+        other the number after the one before. Raises as `stream`."""
+        if n < 1:
+            raise InvalidSettingError(f"n is {n!r}; a whole number from 1 on is expected.")
+        messages = self._read(prompt, system=system, raw=raw)
+        plans = []
+        for index in range(n):
+            seed = settings.get("seed")
+            plan = AnswerSettings.of(settings if seed is None else {**settings, "seed": seed + index})
+            plans.append(self._plan(messages, plan))
+        for request, _ in plans[1:]:
+            request.after = plans[0][0]
+        self._scheduler.submit(*(request for request, _ in plans))
+        return [Stream(request.channel, dropped_messages=dropped, owner=self) for request, dropped in plans]
 
     def chat(self, *, system: str | None = None) -> Chat:
         """A conversation that remembers."""
@@ -139,24 +218,7 @@ class Model:
 
     def encode(self, prompt: Prompt, *, system: str | None = None, raw: bool = False) -> list[int]:
         """The token ids of a prompt as `stream` takes it."""
-        if isinstance(prompt, str):
-            if raw or not self.tokenizer.has_chat_template:
-                if system is not None:
-                    raise PromptError(
-                        "A system message needs the chat template; here the text is continued raw."
-                    )
-                return self.tokenizer.encode(prompt)
-            prompt = [Message(role="user", content=prompt)]
-        items: list[Any] = list(prompt)
-        if all(isinstance(item, int | np.integer) for item in items):
-            if system is not None:
-                raise PromptError(
-                    "A system message needs the chat template; token ids are taken as they are."
-                )
-            return self._check_ids(items)
-        if system is not None:
-            items.insert(0, Message(role="system", content=system))
-        return self.tokenizer.encode_chat(items)
+        return self._encode(self._read(prompt, system=system, raw=raw))
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits (tokens, vocabulary) behind each of `ids`, for measuring and research."""
@@ -165,49 +227,164 @@ class Model:
             raise ContextOverflowError(len(ids), self.context_length)
         session, cache = self._open_session(), KVCache(self.manifest.dimensions, len(ids))
         logits = np.empty((len(ids), self.manifest.dimensions.vocabulary), np.float32)
-        for start, end in passes(0, len(ids)):
+        for start, end in passes(0, len(ids), PREFILL_CHUNK):
             logits[start:end] = session.forward(ids[start:end], cache, range(end - start))
         return logits
 
-    def _stream(
+    def save_prefix(
+        self, path: str | Path, prompt: Prompt, *, system: str | None = None, raw: bool = False
+    ) -> int:
+        """Computes the beginning of prompts to come, such as a long system message, and saves its keys and
+        values to a file. Returns how many tokens they are.
+
+        A list of messages is saved without the beginning of the answer to it.
+
+        Raises as `stream`, and StorageError.
+        """
+        self._open_session()
+        ids = self._encode(self._read(prompt, system=system, raw=raw), continues=True)
+        # What the cache lends stops before the last two tokens of a prompt.
+        padded = [*ids, ids[-1], ids[-1]]
+        self._answer(padded, {"max_tokens": 1}).finish()
+        prefix = self._scheduler.call(lambda pool: pool.stored(ids)).result()
+        saved_prefix.save(Path(path), prefix, saved_prefix.fingerprint(self.manifest))
+        return len(ids)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Reads what `save_prefix` of the same bundle has written, for prompts that begin with it. It counts
+        as part of the `cache_bytes` that the model was loaded with. Returns how many tokens it has.
+
+        Raises SavedPrefixError for another bundle's file or a damaged one, and InvalidSettingError if the
+        cache is too small for it.
+        """
+        self._open_session()
+        fingerprint = saved_prefix.fingerprint(self.manifest)
+        prefix = saved_prefix.load(Path(path), fingerprint, self.manifest.dimensions)
+        if not self._scheduler.call(lambda pool: pool.store.put(prefix)).result():
+            raise InvalidSettingError(
+                f"The prefix takes {prefix.bytes:,} bytes, more than the cache holds. "
+                "Load the model with larger cache_bytes."
+            )
+        return len(prefix.ids)
+
+    def _answer(
         self,
-        ids: list[int],
+        prompt: list[int] | list[Message],
         settings: Settings,
         *,
         settle: bool = False,
         on_end: Callable[[Stream], None] | None = None,
     ) -> Stream:
-        sampling = dict(settings)
-        max_tokens, stop = sampling.pop("max_tokens", None), sampling.pop("stop", None)
-        ignore_eos, cache_prompt = sampling.pop("ignore_eos", False), sampling.pop("cache_prompt", True)
-        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-            raise InvalidSettingError(f"max_tokens is {max_tokens!r}; a whole number from 1 on is expected.")
-        session, room = self._open_session(), self.context_length - len(ids)
+        request, dropped = self._plan(prompt, AnswerSettings.of(settings), settle=settle)
+        stream = Stream(request.channel, on_end, dropped, owner=self)
+        self._scheduler.submit(request)
+        return stream
+
+    def _plan(
+        self, prompt: list[int] | list[Message], settings: AnswerSettings, *, settle: bool = False
+    ) -> tuple[Request, int]:
+        """The request, and how many messages of the conversation were left out."""
+        self._open_session()
+        ids, dropped = self._fit(prompt, settings)
+        room = self.context_length - len(ids)
         if room < 1:
             raise ContextOverflowError(len(ids), self.context_length)
-        if not ids:
-            raise PromptError("The prompt is empty. Give the model at least one token to go on from.")
-
-        def ended(stream: Stream) -> None:
-            self._caches.give_back(stream.cache)
-            if on_end is not None:
-                on_end(stream)
-
-        vocabulary = self.manifest.dimensions.vocabulary
-        sampler = Sampler(Sampling(**sampling), vocabulary, ids)  # type: ignore[arg-type]  # checked there
-        stops = StopMatcher(() if stop is None else stop)  # type: ignore[arg-type]  # likewise
-        return Stream(
-            session,
-            self._caches.take(ids if cache_prompt else ()),
+        eos = self.manifest.tokens.eos
+        sampler = Sampler(
+            settings.sampling,
+            self.manifest.dimensions.vocabulary,
+            ids,
+            top_logprobs=settings.top_logprobs,
+            min_tokens=settings.min_tokens,
+            eos=eos,
+        )
+        tools = self._tool_format if settings.tool_choice.mode != "none" else None
+        marker_id = None if tools is None else tools.marker_id(self.tokenizer)
+        grammar = settings.grammar
+        if tools is not None:
+            grammar = tools.grammar(settings.tools, settings.tool_choice, marker_id=marker_id)
+        answer = Answer(
+            self.tokenizer.stream(skip_special=marker_id is None, continues=True),
+            StopMatcher(settings.stop),
+            eos=() if settings.ignore_eos else eos,
+            limit=room if settings.max_tokens is None else min(room, settings.max_tokens),
+            calls=None if tools is None else ToolCallParser(tools),
+        )
+        channel = Channel(len(ids))
+        request = Request(
             ids,
             sampler,
-            self.tokenizer.stream(continues=True),
-            stops,
-            eos=() if ignore_eos else self.manifest.tokens.eos,
-            limit=room if max_tokens is None else min(room, max_tokens),
+            answer,
+            channel,
+            constraint=None if grammar is None else self._constraints.constraint(grammar),
+            speculator=self._speculator(ids) if settings.speculate and self.power.speculate else None,
+            cache_prompt=settings.cache_prompt,
             settle=settle,
-            on_end=ended,
+            deadline=None if settings.timeout_s is None else channel.asked_at + settings.timeout_s,
         )
+        return request, dropped
+
+    def _speculator(self, ids: list[int]) -> Speculator:
+        drafter = None if self._draft is None else self._draft.sequence(self.context_length)
+        return Speculator(ids, self._costs, table=self._ngrams, drafter=drafter)
+
+    @cached_property
+    def _constraints(self) -> ConstraintFactory:
+        manifest = self.manifest
+        return ConstraintFactory(self.tokenizer, manifest.dimensions.vocabulary, manifest.tokens.eos)
+
+    def _fit(self, prompt: list[int] | list[Message], settings: AnswerSettings) -> tuple[list[int], int]:
+        messages = _messages(prompt)
+        if messages is None:
+            if settings.tools:
+                raise PromptError("Tools need the chat template; give the prompt as messages.")
+            return self._encode(prompt), 0
+        if settings.tools and self._tool_format is None and self.tokenizer.has_tools:
+            raise PromptError(
+                f"{self.name} writes tool calls in a form that pocketlm does not know. Use another model, or "
+                "describe the tools in a message and constrain the answer."
+            )
+        tools = [tool.as_dict() for tool in settings.tools]
+
+        def encode(some: Sequence[Message]) -> list[int]:
+            return self.tokenizer.encode_chat(some, tools=tools)
+
+        if settings.overflow == "error":
+            return self._check_ids(encode(messages)), 0
+        # Room for the answer: as long as it may get, or a quarter of the context.
+        wanted = self.context_length // 4 if settings.max_tokens is None else settings.max_tokens
+        limit = max(1, self.context_length - min(wanted, self.context_length // 2))
+        try:
+            kept, dropped = fit(messages, lambda some: len(encode(some)), limit)
+        except ContextOverflowError:  # a long last message: the answer then gets what room there is
+            kept, dropped = fit(messages, lambda some: len(encode(some)), self.context_length - 1)
+        return encode(kept), dropped
+
+    def _read(self, prompt: Prompt, *, system: str | None, raw: bool) -> list[int] | list[Message]:
+        """The prompt as messages, where it goes through the chat template, or as token ids."""
+        if isinstance(prompt, str):
+            if raw or not self.tokenizer.has_chat_template:
+                if system is not None:
+                    raise PromptError(
+                        "A system message needs the chat template; here the text is continued raw."
+                    )
+                return self._check_ids(self.tokenizer.encode(prompt))
+            prompt = [Message(role="user", content=prompt)]
+        items: list[Any] = list(prompt)
+        if all(isinstance(item, int | np.integer) for item in items):
+            if system is not None:
+                raise PromptError(
+                    "A system message needs the chat template; token ids are taken as they are."
+                )
+            return self._check_ids(items)
+        return items if system is None else [Message(role="system", content=system), *items]
+
+    def _encode(self, prompt: list[int] | list[Message], *, continues: bool = False) -> list[int]:
+        messages = _messages(prompt)
+        if messages is None:
+            return [token for token in prompt if isinstance(token, int)]
+        ids = self.tokenizer.encode_chat(messages, add_generation_prompt=not continues)
+        return self._check_ids(ids)
 
     def _check_ids(self, ids: Sequence[int]) -> list[int]:
         vocabulary = self.manifest.dimensions.vocabulary
@@ -219,84 +396,15 @@ class Model:
             raise PromptError("The prompt is empty. Give the model at least one token to go on from.")
         return checked
 
-    def _new_cache(self) -> KVCache:
-        return KVCache(self.manifest.dimensions, self.context_length)
-
     def _open_session(self) -> Session:
         if self._session is None:
             raise PocketlmError(f"The model {self.name} has been closed. Load it again.")
         return self._session
 
 
-class Chat:
-    """A conversation: each turn computes only what is new. Not for several threads at once."""
-
-    def __init__(self, model: Model, system: str | None = None) -> None:
-        self._model = model
-        self._under_way: Stream | None = None
-        self.messages: list[Message] = []
-        """What was said so far, the system message first if there is one."""
-        self.system = system
-
-    @property
-    def system(self) -> str | None:
-        """The system message, or None. Setting it holds from the next answer on."""
-        first = self.messages[0] if self.messages else None
-        return first["content"] if first and first["role"] == "system" else None
-
-    @system.setter
-    def system(self, text: str | None) -> None:
-        if self.system is not None:
-            del self.messages[0]
-        if text is not None:
-            self.messages.insert(0, Message(role="system", content=text))
-
-    def reset(self) -> None:
-        """Forgets all but the system message."""
-        self._end_answer()
-        self.messages[:] = self.messages[: self.system is not None]
-
-    def send(self, text: str, **settings: Unpack[Settings]) -> Completion:
-        """The whole answer to the user's next message."""
-        return finish(self.stream(text, **settings))
-
-    def stream(self, text: str, **settings: Unpack[Settings]) -> Stream:
-        """The answer to the user's next message, piece by piece.
-
-        An answer that is stopped early counts as said, as far as it came; where nothing came, the message is
-        taken back too. An answer still under way from before is stopped first. Raises as `Model.stream`; the
-        conversation is then as it was.
-        """
-        self._end_answer()
-        messages = [*self.messages, Message(role="user", content=text)]
-        stream = self._model._stream(
-            self._model.encode(messages), settings, settle=True, on_end=self._answered
-        )
-        self._under_way = stream
-        self.messages.append(messages[-1])
-        return stream
-
-    def _end_answer(self) -> None:
-        if self._under_way is not None:
-            self._under_way.close()
-
-    def _answered(self, stream: Stream) -> None:
-        if stream is not self._under_way:
-            return
-        self._under_way = None
-        completion = stream.completion
-        if completion.token_ids:
-            self.messages.append(Message(role="assistant", content=completion.text))
-        else:
-            del self.messages[-1]
-
-
-def finish(stream: Stream) -> Completion:
-    """Runs an answer to its end."""
-    with stream:
-        for _ in stream:
-            pass
-    return stream.completion
+def _messages(prompt: list[int] | list[Message]) -> list[Message] | None:
+    """None for token ids."""
+    return None if all(isinstance(item, int) for item in prompt) else cast(list[Message], prompt)
 
 
 def _context_length(manifest: Manifest, wanted: int | None) -> int:

@@ -12,7 +12,10 @@
     ├── InvalidSettingError        a setting outside its range (also a ValueError)
     ├── QualityGateError           an export that misses its quality gate
     ├── MissingExtraError          a feature whose optional packages are not installed
-    └── StorageError               a full or unwritable disk
+    ├── StorageError               a full or unwritable disk
+    ├── QueueFullError             more requests than may wait (scheduler.py)
+    ├── ConstraintError            a grammar that grew too complex while an answer was under way (constraint/)
+    └── SavedPrefixError           a saved prefix of another bundle, or a damaged one (saved_prefix.py)
 
 A message says what came, what was expected and what to do. The command line prints it as it is,
 without a traceback.

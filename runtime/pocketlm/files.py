@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from pocketlm.errors import StorageError
 from pocketlm.manifest import MANIFEST_NAME
@@ -101,13 +102,24 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
     Raises StorageError if the disk is full or the folder not writable.
     """
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a new file, open for writing, that takes the place of `path` when the block succeeds.
+
+    When the block raises, `path` is as it was. Raises StorageError if the disk is full or the folder not
+    writable.
+    """
     path = Path(os.path.realpath(path))
     temporary = temporary_sibling(path)
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

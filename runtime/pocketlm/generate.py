@@ -1,41 +1,43 @@
-"""Generation in layers: token ids, then text, then a whole answer.
+"""An answer on its way: token ids become pieces of text on the engine's thread, a reader takes them.
 
-rewind, prefill    prompt ids → logits           only what the cache lacks is computed
-generate_tokens    logits → token ids            one forward pass each
-Stream             token ids → pieces of text    whole characters, stop strings taken out
+Answer    sampled tokens → pieces       whole characters, stop strings taken out; says when it ends
+Channel   the engine's thread → the reader's
+Stream    the reader's end: iterate for pieces, `close()` to stop early, `completion` for what there is
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from inspect import GEN_CLOSED, getgeneratorstate
+from queue import SimpleQueue
 from typing import Literal, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pocketlm.kv_cache import KVCache
-from pocketlm.sampling import Sampler
-from pocketlm.session import Session
+from pocketlm.sampling import Sampled
 from pocketlm.stops import StopMatcher
 from pocketlm.tokenizer import TextStream
+from pocketlm.tools import ToolCall, ToolCallParser
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
-PREFILL_CHUNK = 128
-"""Tokens in one forward pass of a prompt. Attention's scratch memory grows with it, and with that memory
-time; fewer rows leave the matrix products' speed unused."""
+READ_AHEAD = 256
+"""Pieces that may wait for their reader; then the engine leaves the answer alone until some are read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token added. `text` may be empty: half a character, or perhaps the start of a stop string."""
+    """What one token added. `text` may be empty: half a character, or perhaps the start of a stop string.
+
+    Log-probabilities are in nats, under the model's own distribution, whatever the sampling; where the form
+    of the answer is given, among the tokens that it allows.
+    """
 
     text: str
     token_id: int
-    logprob: float  # nats, under the model's own distribution, whatever the sampling
+    logprob: float | None = None  # None: not asked for
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # the most likely token ids, the first one first
+    tool_calls: tuple[ToolCall, ...] = ()  # those that are whole with this token; they are no part of texts
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int  # of the prompt, found in a cache and not computed again
     completion_tokens: int  # an end-of-text token included
+    dropped_messages: int = 0  # the oldest of the conversation, left out because it outgrew the context
 
     @property
     def total_tokens(self) -> int:
@@ -51,17 +54,21 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of work, sampling and detokenization included. Rates are None where there is nothing to rate.
+    """Seconds. Rates are None where there is nothing to rate.
 
-    The clocks stand still while the caller holds a piece.
+    While several answers share the engine, each one's seconds hold the work for the others too, except
+    `prefill_s`.
     """
 
+    queue_s: float  # waited for the engine to begin
     prefill_s: float
     decode_s: float  # for all tokens behind the first
     ttft_s: float  # time to first token, from when it was asked for
-    total_s: float
+    total_s: float  # until the last token
     prefill_tokens_per_s: float | None  # of the tokens that were not cached
     decode_tokens_per_s: float | None  # of the tokens behind the first
+    drafted_tokens: int = 0  # by speculation
+    accepted_tokens: int = 0  # of the drafted ones, those that the model agreed with
 
 
 @dataclass(frozen=True)
@@ -71,101 +78,173 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """What the model wants to have called."""
+        return tuple(call for piece in self.pieces for call in piece.tool_calls)
 
 
-def rewind(cache: KVCache, ids: Sequence[int]) -> int:
-    """Shortens the cache to what it can lend to `ids`; returns how many tokens that is.
+class Answer:
+    """What has been generated so far, as text. For the engine's thread."""
 
-    The last one's logits are not in the cache, so it stays to be computed, and one more with it, so that
-    they are computed as in any prompt (see `KVCache`).
+    def __init__(
+        self,
+        decoder: TextStream,
+        stops: StopMatcher,
+        eos: Collection[int],
+        limit: int,
+        calls: ToolCallParser | None = None,
+    ) -> None:
+        """`limit` is in tokens; `calls` takes tool calls out of the text."""
+        self._decoder = decoder
+        self._stops = stops
+        self._eos = eos
+        self._calls = calls
+        self.limit = limit
+        self.count = 0  # tokens
+
+    def add(self, sampled: Sampled, *, last: bool = False) -> tuple[Piece, FinishReason | None]:
+        """The piece that the token adds, and why the answer ends with it, if it does.
+
+        `last` says that nothing can follow, for other reasons than those that are looked at here.
+        """
+        self.count += 1
+        at_eos, at_limit = sampled.token_id in self._eos, self.count == self.limit
+        text, stopped = self._stops.push("" if at_eos else self._decoder.push(sampled.token_id))
+        if not stopped and (at_eos or at_limit or last):
+            rest, stopped = self._stops.push(self._decoder.flush())
+            text += rest if stopped else rest + self._stops.flush()
+        reason: FinishReason | None = None
+        if stopped or at_eos or last:
+            reason = "stop"
+        elif at_limit:
+            reason = "length"
+        text, calls = self._without_calls(text, last=reason is not None)
+        return Piece(text, sampled.token_id, sampled.logprob, sampled.top, calls), reason
+
+    def _without_calls(self, text: str, *, last: bool) -> tuple[str, tuple[ToolCall, ...]]:
+        if self._calls is None:
+            return text, ()
+        parts = self._calls.feed(text) + (self._calls.finish() if last else [])
+        calls = tuple(part for part in parts if isinstance(part, ToolCall))
+        return "".join(part for part in parts if isinstance(part, str)), calls
+
+
+@dataclass(frozen=True, slots=True)
+class _Emitted:
+    piece: Piece
+    at: float  # perf_counter
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    reason: FinishReason
+    error: BaseException | None
+
+
+class Channel:
+    """Pieces on their way to the reader, and what the engine notes about the answer meanwhile.
+
+    The engine does not know the stream: one that is dropped is freed, and cancels, at once.
     """
-    cache.truncate(min(cache.reusable(ids), max(0, len(ids) - 2)))
-    return len(cache)
 
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.cached_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
+        self.prefill_s = 0.0
+        self.asked_at = time.perf_counter()
+        self.begun_at: float | None = None
+        self.cancelled = False
+        self.paused = False  # whether the engine waits for the reader
+        self.wake: Callable[[], None] = lambda: None
+        """Tells the engine that something has changed."""
+        self.on_item: Callable[[], None] | None = None
+        """Called on the engine's thread for each item that has come: it must return at once."""
+        self._items: SimpleQueue[_Emitted | _End] = SimpleQueue()
 
-def passes(start: int, end: int, chunk: int = PREFILL_CHUNK) -> Iterator[tuple[int, int]]:
-    """Where the forward passes over the tokens `start` … `end` − 1 of a prompt begin and end.
+    def put(self, piece: Piece) -> None:
+        self._put(_Emitted(piece, time.perf_counter()))
 
-    `chunk` is how many tokens go in one; from three on, none goes alone if it can be helped (see `KVCache`).
-    """
-    while start < end:
-        count = chunk - 1 if end - start == chunk + 1 and chunk > 2 else chunk
-        yield start, min(start + count, end)
-        start += count
+    def end(self, reason: FinishReason, error: BaseException | None = None) -> None:
+        self._put(_End(reason, error))
 
+    def _put(self, item: _Emitted | _End) -> None:
+        self._items.put(item)
+        if self.on_item is not None:
+            self.on_item()
 
-def prefill(
-    session: Session, cache: KVCache, ids: Sequence[int], chunk: int = PREFILL_CHUNK
-) -> NDArray[np.float32]:
-    """Computes what the cache lacks of `ids`, of which it holds a proper prefix.
+    def get(self) -> _Emitted | _End:
+        item = self._items.get()
+        if self.paused and self._items.qsize() < READ_AHEAD // 2:
+            self.paused = False
+            self.wake()
+        return item
 
-    Returns the logits (vocabulary) behind the last one, in a buffer that the next pass overwrites.
-    """
-    logits = np.empty((1, 0), np.float32)
-    for start, end in passes(len(cache), len(ids), chunk):
-        logits = session.forward(ids[start:end], cache)
-    last: NDArray[np.float32] = logits[0]
-    return last
+    @property
+    def ready(self) -> bool:
+        """Whether `get` would return at once."""
+        return not self._items.empty()
 
+    def pause_if_full(self) -> bool:
+        self.paused = True  # before the look, so that a reader who makes room meanwhile sees it
+        if self._items.qsize() < READ_AHEAD:
+            self.paused = False
+        return self.paused
 
-def generate_tokens(
-    session: Session,
-    cache: KVCache,
-    logits: NDArray[np.float32],
-    sampler: Sampler,
-    *,
-    eos: Collection[int],
-    limit: int,
-) -> Iterator[tuple[int, float]]:
-    """At most `limit` tokens and their log-probabilities; an id of `eos` is the last."""
-    for remaining in range(limit - 1, -1, -1):
-        token_id, logprob = sampler.sample(logits)
-        yield token_id, logprob
-        if token_id in eos or not remaining:
-            return
-        logits = session.forward([token_id], cache)[0]
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.wake()
 
 
 class Stream:
     """An answer under way: iterate for its pieces, `close()` to stop early, `completion` for what there is.
 
-    The cache belongs to the stream until it ends; `on_end` is then called once, in whatever way it ended.
+    The engine computes it on its own thread, some way ahead of the reader. `close()` may be called from any
+    thread. `on_end` is called once, on a reader's thread, in whatever way it ended.
     """
 
     def __init__(
         self,
-        session: Session,
-        cache: KVCache,
-        prompt: Sequence[int],
-        sampler: Sampler,
-        decoder: TextStream,
-        stops: StopMatcher,
-        *,
-        eos: Collection[int],
-        limit: int,
-        settle: bool = False,
-        on_end: Callable[[Stream], None],
+        channel: Channel,
+        on_end: Callable[[Stream], None] | None = None,
+        dropped_messages: int = 0,
+        owner: object = None,
     ) -> None:
-        """`prompt` and at most `limit` tokens of answer fit the cache.
-
-        `settle` computes the answer once more when it is complete, as a prompt, so that what follows it can
-        reuse it (see `KVCache`). The timings do not count it.
-        """
-        self.cache = cache
-        self._on_end: Callable[[Stream], None] | None = on_end
-        # The generator does not know the stream, so a stream that is dropped is freed, and ends, at once.
-        self._answer = _Answer(prompt, decoder, stops, eos, limit)
-        self._pieces = self._answer.pieces(session, cache, sampler, settle=settle)
+        """`owner` is kept as long as the stream: a model that is dropped ends its answers."""
+        self._owner = owner
+        self._channel = channel
+        self._on_end = [] if on_end is None else [on_end]
+        self._dropped_messages = dropped_messages
+        self._pieces: list[Piece] = []
+        self._first_at = self._last_at = channel.asked_at
+        self._finish_reason: FinishReason = "cancelled"
+        self._ended = False
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Piece:
-        try:
-            return next(self._pieces)
-        finally:
-            if getgeneratorstate(self._pieces) == GEN_CLOSED:  # it has returned or failed
-                self._end()
+        if self._ended:
+            raise StopIteration
+        item = self._channel.get()
+        if self._ended:  # by another thread meanwhile
+            self._channel.end("cancelled")  # wakes the next one, if several wait
+            raise StopIteration
+        if isinstance(item, _End):
+            self._finish_reason = item.reason
+            self._end()
+            if item.error is not None:
+                raise item.error
+            raise StopIteration
+        self._pieces.append(item.piece)
+        self._last_at = item.at
+        if len(self._pieces) == 1:
+            self._first_at = item.at
+        return item.piece
 
     def __enter__(self) -> Self:
         return self
@@ -177,97 +256,47 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Ends the answer here. What was generated so far stays in `completion`."""
-        self._pieces.close()
-        self._end()
+        """Ends the answer here. What was read of it so far stays in `completion`."""
+        if not self._ended:
+            self._channel.cancel()
+            self._end()
+
+    def finish(self) -> Completion:
+        """Reads the answer to its end."""
+        with self:
+            for _ in self:
+                pass
+        return self.completion
 
     @property
     def completion(self) -> Completion:
-        """The answer so far. Its finish reason is "cancelled" unless it came to its own end."""
-        return self._answer.completion()
-
-    def _end(self) -> None:
-        if self._on_end is not None:
-            on_end, self._on_end = self._on_end, None
-            on_end(self)
-
-
-class _Answer:
-    """What a stream has generated so far."""
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        decoder: TextStream,
-        stops: StopMatcher,
-        eos: Collection[int],
-        limit: int,
-    ) -> None:
-        self._prompt = prompt
-        self._decoder = decoder
-        self._stops = stops
-        self._eos = eos
-        self._limit = limit
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._finish_reason: FinishReason = "cancelled"
-        self._cached_tokens = 0
-        self._prefill_s = self._ttft_s = self._decode_s = 0.0
-
-    def pieces(
-        self, session: Session, cache: KVCache, sampler: Sampler, *, settle: bool
-    ) -> Generator[Piece, None, None]:
-        # Clocks run only between two pieces, so that a slow reader does not look like a slow model.
-        begun = time.perf_counter()
-        self._cached_tokens = rewind(cache, self._prompt)
-        logits = prefill(session, cache, self._prompt)
-        self._prefill_s = time.perf_counter() - begun
-        tokens = generate_tokens(session, cache, logits, sampler, eos=self._eos, limit=self._limit)
-        for token_id, logprob in tokens:
-            piece = Piece(self._accept(token_id), token_id, logprob)
-            elapsed = time.perf_counter() - begun
-            if len(self._token_ids) == 1:
-                self._ttft_s = elapsed
-            else:
-                self._decode_s += elapsed
-            yield piece
-            if self._finish_reason != "cancelled":
-                break
-            begun = time.perf_counter()
-        if settle:
-            sequence = [*self._prompt, *self._token_ids]
-            rewind(cache, sequence)
-            prefill(session, cache, sequence)
-
-    def completion(self) -> Completion:
-        count = len(self._token_ids)
-        computed = len(self._prompt) - self._cached_tokens
+        """The answer as far as it was read; "cancelled" is why it ended unless it was read to the end."""
+        channel, count = self._channel, len(self._pieces)
+        computed = channel.prompt_tokens - channel.cached_tokens
+        decode_s = self._last_at - self._first_at
+        begun_at = channel.asked_at if channel.begun_at is None else channel.begun_at
         return Completion(
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
+            text="".join(piece.text for piece in self._pieces),
+            token_ids=tuple(piece.token_id for piece in self._pieces),
             finish_reason=self._finish_reason,
-            usage=Usage(len(self._prompt), self._cached_tokens, count),
+            usage=Usage(channel.prompt_tokens, channel.cached_tokens, count, self._dropped_messages),
             timings=Timings(
-                prefill_s=self._prefill_s,
-                decode_s=self._decode_s,
-                ttft_s=self._ttft_s,
-                total_s=self._ttft_s + self._decode_s,
-                prefill_tokens_per_s=computed / self._prefill_s if self._prefill_s else None,
-                decode_tokens_per_s=(count - 1) / self._decode_s if self._decode_s else None,
+                queue_s=begun_at - channel.asked_at,
+                prefill_s=channel.prefill_s,
+                decode_s=decode_s,
+                ttft_s=self._first_at - channel.asked_at,
+                total_s=self._last_at - channel.asked_at,
+                prefill_tokens_per_s=computed / channel.prefill_s if channel.prefill_s else None,
+                decode_tokens_per_s=(count - 1) / decode_s if decode_s else None,
+                drafted_tokens=channel.drafted_tokens,
+                accepted_tokens=channel.accepted_tokens,
             ),
+            pieces=tuple(self._pieces),
         )
 
-    def _accept(self, token_id: int) -> str:
-        """Adds a token to the answer; returns the text that is certain with it."""
-        self._token_ids.append(token_id)
-        at_eos, at_limit = token_id in self._eos, len(self._token_ids) == self._limit
-        text, stopped = self._stops.push("" if at_eos else self._decoder.push(token_id))
-        if not stopped and (at_eos or at_limit):
-            rest, stopped = self._stops.push(self._decoder.flush())
-            text += rest if stopped else rest + self._stops.flush()
-        if stopped or at_eos:
-            self._finish_reason = "stop"
-        elif at_limit:
-            self._finish_reason = "length"
-        self._text.append(text)
-        return text
+    def _end(self) -> None:
+        self._ended = True
+        self._channel.end("cancelled")  # wakes a reader that waits in another thread
+        # Two threads may come here at once; only one of them gets it.
+        with contextlib.suppress(IndexError):
+            self._on_end.pop()(self)

@@ -2,7 +2,8 @@
 
 `manifest.json` is the one contract between the two. It states facts; nothing is inferred from file
 names. Reading is strict: an unknown field, a missing field or a wrong type is refused with its path,
-because a field that a runtime does not understand may change what the graph means.
+because a field that a runtime does not understand may change what the graph means. Only a field that has a
+default here may be missing: bundles that were exported before it was there stay readable.
 """
 
 from __future__ import annotations
@@ -76,6 +77,9 @@ class GraphIO:
 class KVCacheFormat:
     type: Literal["float32"]
     layout: Literal["batch, kv_heads, capacity, head_dim"]
+    windows: tuple[int | None, ...] | None = None
+    """By layer, how many tokens a token sees, itself included; None: all before it. None for the whole tuple:
+    no layer has a window."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,8 @@ def parse_manifest(text: str, where: str = MANIFEST_NAME) -> Manifest:
         )
     if version != FORMAT_VERSION:
         raise ManifestError(f"{where} has format version {version!r}, expected {FORMAT_VERSION}.")
-    manifest: Manifest = _parse(Manifest, data, "", where)
+    manifest: Manifest = parse_value(Manifest, data, "", where)
+    _check_windows(manifest, where)
     for name in manifest.files:
         # A name with a separator would let a downloaded manifest point outside its folder.
         if not name or name in {".", "..", MANIFEST_NAME} or set(name) & set("/\\:\0"):
@@ -197,8 +202,22 @@ def parse_manifest(text: str, where: str = MANIFEST_NAME) -> Manifest:
     return manifest
 
 
-def _parse(kind: Any, value: Any, path: str, where: str) -> Any:
-    """`value` as `kind`, or a ManifestError that names the path of what is wrong."""
+def _check_windows(manifest: Manifest, where: str) -> None:
+    windows, layers = manifest.kv_cache.windows, manifest.dimensions.layers
+    if windows is None:
+        return
+    if len(windows) != layers:
+        raise ManifestError(f"{where}: kv_cache.windows has {len(windows)} layers, dimensions has {layers}.")
+    for window in windows:
+        if window is not None and window < 1:
+            raise ManifestError(f"{where}: kv_cache.windows has {window}; a number of tokens is expected.")
+
+
+def parse_value(kind: Any, value: Any, path: str, where: str) -> Any:
+    """`value`, as JSON has it, as `kind`: a dataclass, a tuple, a plain type, a union with None, a Literal.
+
+    Raises ManifestError with the `path` of what is wrong in the document `where`.
+    """
     origin, args = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _parse_dataclass(typing.cast("type[Any]", kind), value, path, where)
@@ -206,15 +225,15 @@ def _parse(kind: Any, value: Any, path: str, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         (inner,) = (arg for arg in args if arg is not type(None))
-        return _parse(inner, value, path, where)
+        return parse_value(inner, value, path, where)
     if origin is Literal:
         if value in args:
             return value
         raise ManifestError(f"{where}: {path} is {value!r}, expected {' or '.join(map(repr, args))}.")
     if origin is tuple and isinstance(value, list):
-        return tuple(_parse(args[0], item, f"{path}[{i}]", where) for i, item in enumerate(value))
+        return tuple(parse_value(args[0], item, f"{path}[{i}]", where) for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {key: _parse(args[1], item, f"{path}.{key}", where) for key, item in value.items()}
+        return {key: parse_value(args[1], item, f"{path}.{key}", where) for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
@@ -234,12 +253,12 @@ def _parse_dataclass(kind: type[T], value: Any, path: str, where: str) -> T:
                 f"{where}: unknown field {prefix}{key}.{did_you_mean(key, hints)} "
                 "A newer pocketlm may have written it: upgrade, or export the model again."
             )
-    for key in hints:
-        if key not in value:
+    for field in dataclasses.fields(typing.cast("type[Any]", kind)):
+        if field.name not in value and field.default is dataclasses.MISSING:
             raise ManifestError(
-                f"{where}: the field {prefix}{key} is missing. Export or pull the model again."
+                f"{where}: the field {prefix}{field.name} is missing. Export or pull the model again."
             )
-    return kind(**{key: _parse(hint, value[key], prefix + key, where) for key, hint in hints.items()})
+    return kind(**{key: parse_value(hints[key], item, prefix + key, where) for key, item in value.items()})
 
 
 def _kind(value: Any) -> str:

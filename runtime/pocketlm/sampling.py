@@ -7,35 +7,37 @@ What `Sampler.sample` does, always in this order:
    multiplied where not (CTRL, Keskar et al., 2019, arXiv:1909.05858; the sign as Hugging Face repairs it).
 3. `presence_penalty` and `frequency_penalty`: logits of tokens in the answer fall by the former once and by
    the latter per occurrence (as the OpenAI API defines them).
-4. `temperature` divides the logits. At 0 the largest logit wins and nothing below applies.
-5. `top_k` keeps the k most likely tokens.
-6. `top_p` keeps the fewest most likely tokens that hold at least this share of what is left
+4. `min_tokens`: until so many tokens were chosen, logits of `eos` are −inf, unless all others are too: an
+   answer that a constraint has completed can only end.
+5. `temperature` divides the logits. At 0 the largest logit wins and nothing below applies.
+6. `top_k` keeps the k most likely tokens.
+7. `top_p` keeps the fewest most likely tokens that hold at least this share of what is left
    (Holtzman et al., 2020, arXiv:1904.09751).
-7. `min_p` keeps tokens that are at least this many times as likely as the most likely one
+8. `min_p` keeps tokens that are at least this many times as likely as the most likely one
    (Nguyen et al., 2024, arXiv:2407.01082).
-8. One uniform number picks from what is left, by the cumulated probabilities in the order of token ids.
+9. One uniform number picks from what is left, by the cumulated probabilities in the order of token ids.
 
-Equally likely tokens rank by id, the lowest first. Each step is a pure function below; steps 5 to 7 return
-ascending indices of what they keep. "Weights" are probabilities before they are divided by their sum.
+Equally likely tokens rank by id, the lowest first. Steps 5 to 9 are in `pocketlm.distribution`. A sampled
+token takes exactly one uniform number and a greedy one none, so the n-th token has the n-th number however
+many rows of logits a pass computes.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketlm.distribution import TINY, Floats, Indices, choose, keep_top_k, softmax_weights
 from pocketlm.errors import InvalidSettingError, PocketlmError, PromptError
 
-Floats = NDArray[np.float32]
-Indices = NDArray[np.intp]
-
-_TINY = float(np.finfo(np.float32).tiny)
-_BLOCK = 64
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Sampling:
         _check_integer("top_k", self.top_k)
         _check_real("top_p", self.top_p, at_least=0.0, at_most=1.0)
         _check_real("min_p", self.min_p, at_least=0.0, at_most=1.0)
-        _check_real("repetition_penalty", self.repetition_penalty, at_least=_TINY)
+        _check_real("repetition_penalty", self.repetition_penalty, at_least=TINY)
         _check_real("presence_penalty", self.presence_penalty)
         _check_real("frequency_penalty", self.frequency_penalty)
         if not isinstance(self.logit_bias, Mapping):
@@ -106,42 +108,79 @@ def _as_float(value: object) -> float:
         return math.inf
 
 
-def _check_integer(name: str, value: object) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
-        raise InvalidSettingError(f"{name} is {value!r}, expected an integer, 0 or above.")
+def _check_integer(name: str, value: object, *, at_most: float = math.inf) -> None:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) <= at_most:
+        return
+    expected = "an integer, 0 or above" if at_most == math.inf else f"an integer from 0 to {at_most}"
+    raise InvalidSettingError(f"{name} is {value!r}, expected {expected}.")
+
+
+class Sampled(NamedTuple):
+    """A chosen token. Log-probabilities are in nats, under the model's own distribution."""
+
+    token_id: int
+    logprob: float | None  # None unless asked for
+    top: tuple[tuple[int, float], ...]  # the most likely ids and their log-probabilities, falling
 
 
 class Sampler:
     """Chooses the tokens of one answer. Equal settings, prompt, seed and logits give equal tokens."""
 
-    def __init__(self, sampling: Sampling, vocabulary: int, prompt_ids: Sequence[int]) -> None:
-        """`vocabulary` is the length of the logits.
+    def __init__(
+        self,
+        sampling: Sampling,
+        vocabulary: int,
+        prompt_ids: Sequence[int],
+        *,
+        top_logprobs: int | None = None,
+        min_tokens: int = 0,
+        eos: Collection[int] = (),
+    ) -> None:
+        """`vocabulary` is the length of the logits; ids of `eos` cannot be the first `min_tokens` tokens.
 
-        Raises InvalidSettingError for a bias on a token outside the vocabulary, and PromptError for such a
-        token in `prompt_ids` if the settings look at the prompt.
+        `top_logprobs`: 0 for the log-probability of each chosen token, up to 20 for so many of the most
+        likely ones as well; they take an exponential of every logit, so None leaves them out.
+
+        Raises InvalidSettingError for a setting out of range or a token outside the vocabulary, and
+        PromptError for such a token in `prompt_ids` if the settings look at the prompt.
         """
+        if top_logprobs is not None:
+            _check_integer("top_logprobs", top_logprobs, at_most=MAX_TOP_LOGPROBS)
+        _check_integer("min_tokens", min_tokens)
         self._sampling = sampling
         self._vocabulary = vocabulary
-        last = max(sampling.logit_bias, default=0)
-        if last >= vocabulary:
-            raise InvalidSettingError(
-                f"logit_bias names token {last}, but the vocabulary ends at {vocabulary - 1}. Leave it out."
-            )
-        self._bias_ids = np.array(list(sampling.logit_bias), dtype=np.intp)
-        self._biases = np.array(list(sampling.logit_bias.values()), dtype=np.float64)
+        self._top_logprobs = top_logprobs
+        self._min_tokens = min_tokens
+        self._count = 0
+        self._eos = np.array([_inside("eos", token, vocabulary) for token in eos], dtype=np.intp)
+        bias = sampling.logit_bias
+        self._bias_ids = np.array([_inside("logit_bias", token, vocabulary) for token in bias], dtype=np.intp)
+        self._biases = np.array(list(bias.values()), dtype=np.float64)
         self._history = _History(vocabulary) if sampling.penalizes else None
         if self._history and sampling.repetition_penalty != 1.0:
             self._history.add_prompt(prompt_ids)
-        # Raw bits: unlike what a Generator makes of them, numpy promises that they never change (NEP 19).
-        self._bits = np.random.PCG64(None if sampling.seed is None else int(sampling.seed))
-        self._weights = np.empty(vocabulary, dtype=np.float32)
-        self._adjusted = np.empty(vocabulary, dtype=np.float32)
+        self._bits = _random_bits(sampling.seed)
+        self._buffer = np.empty(vocabulary, dtype=np.float32)
 
-    def sample(self, logits: Floats) -> tuple[int, float]:
-        """The next token and its log-probability in nats under the model's own distribution.
+    def fork(self, index: int) -> Sampler:
+        """An independent sampler for answer `index` (from 0) of several: the same history, other numbers.
+
+        Its random numbers begin anew, those of the seed plus `index`; without a seed the operating system
+        draws. Raises InvalidSettingError if `index` is no integer of 0 or above.
+        """
+        _check_integer("index", index)
+        seed = self._sampling.seed
+        twin = copy(self)
+        twin._history = self._history and self._history.copy()
+        twin._bits = _random_bits(None if seed is None else int(seed) + int(index))
+        twin._buffer = np.empty_like(self._buffer)
+        return twin
+
+    def sample(self, logits: Floats) -> Sampled:
+        """The next token.
 
         `logits`: float32 (vocabulary,), −inf for a token that must not come; left as they are. The
-        log-probability is the log-softmax of exactly these, whatever the settings.
+        log-probabilities are the log-softmax of exactly these, whatever the settings.
 
         Raises InvalidSettingError for another shape, and PocketlmError if a logit is NaN or +inf or if all
         are −inf.
@@ -150,56 +189,78 @@ class Sampler:
             raise InvalidSettingError(
                 f"the logits have the shape {logits.shape}, expected ({self._vocabulary},). Pass one row."
             )
-        peak = float(logits[_argmax(logits)])
-        with np.errstate(over="ignore"):  # Differences beyond float32 are −inf, hence weights of 0.
-            weights = softmax_weights(logits, out=self._weights)
-            log_total = math.log(weights.sum())
-            token = self._choose(logits, weights)
+        adjusted = self._adjust(logits)
+        token = _argmax(adjusted)
+        sampling = self._sampling
+        if sampling.temperature > 0:
+            token = choose(
+                adjusted,
+                self._uniform(),
+                peak=float(adjusted[token]),
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+            )
+        self._count += 1
         if self._history:
             self._history.add(token)
-        return token, float(logits[token]) - (peak + log_total)
-
-    def _choose(self, logits: Floats, weights: Floats) -> int:
-        """`weights` are those of the plain `logits` at temperature 1."""
-        sampling = self._sampling
-        adjusted = self._adjust(logits)
-        best = _argmax(adjusted)
-        if sampling.temperature == 0:
-            return best
-        kept: Indices | None = None
-        if 0 < sampling.top_k < self._vocabulary:
-            # Before the temperature, which changes no order: only k logits need an exponential.
-            kept = top_k(adjusted, sampling.top_k)
-            weights = softmax_weights(adjusted[kept], sampling.temperature)
-        elif adjusted is not logits or sampling.temperature != 1:
-            weights = softmax_weights(adjusted, sampling.temperature, out=self._weights)
-        if sampling.top_p < 1:
-            chosen = top_p(weights, sampling.top_p)
-            kept, weights = (chosen if kept is None else kept[chosen]), weights[chosen]
-        if sampling.min_p > 0:
-            chosen = min_p(weights, sampling.min_p)
-            kept, weights = (chosen if kept is None else kept[chosen]), weights[chosen]
-        index = draw(weights, self._uniform())
-        return index if kept is None else int(kept[index])
+        if self._top_logprobs is None:
+            return Sampled(token, None, ())
+        return self._with_logprobs(logits, token, self._top_logprobs)
 
     def _adjust(self, logits: Floats) -> Floats:
-        """Bias and penalties. `logits` itself if there are none."""
-        if not self._bias_ids.size and not self._history:
+        """Steps 1 to 4. `logits` itself if there is nothing to change."""
+        ends = self._eos.size > 0 and self._count < self._min_tokens
+        if not self._bias_ids.size and not self._history and not ends:
             return logits
-        adjusted, sampling = self._adjusted, self._sampling
-        np.copyto(adjusted, logits)
-        adjusted[self._bias_ids] += self._biases
+        adjusted, sampling = self._buffer, self._sampling
+        np.positive(logits, out=adjusted)
+        with np.errstate(over="ignore"):  # What comes of it is refused when it is chosen.
+            adjusted[self._bias_ids] += self._biases
         if self._history:
             ids, counts = self._history.tokens()
             values = penalize_repetition(adjusted[ids], sampling.repetition_penalty)
             adjusted[ids] = penalize_presence(
                 values, counts, sampling.presence_penalty, sampling.frequency_penalty
             )
+        if ends:
+            values = adjusted[self._eos]
+            adjusted[self._eos] = -np.inf
+            if adjusted.max() == -np.inf:
+                adjusted[self._eos] = values
         return adjusted
+
+    def _with_logprobs(self, logits: Floats, token: int, count: int) -> Sampled:
+        """`logits` are the model's own; the buffer's content is lost."""
+        with np.errstate(over="ignore"):  # Differences beyond float32 are −inf, hence weights of 0.
+            total = float(logits.max()) + math.log(softmax_weights(logits, out=self._buffer).sum())
+        logprob = float(logits[token]) - total
+        if count == 0:
+            return Sampled(token, logprob, ())
+        likely = keep_top_k(logits, min(count, logits.size))
+        values = logits[likely]
+        falling = np.argsort(-values, kind="stable")  # ids ascend, so of equals the lowest stays first
+        top = zip(likely[falling].tolist(), values[falling].tolist(), strict=True)
+        return Sampled(token, logprob, tuple((i, value - total) for i, value in top if value > -math.inf))
 
     def _uniform(self) -> float:
         """The next number of [0, 1), with 53 random bits."""
         return (int(self._bits.random_raw()) >> 11) * 2.0**-53
+
+
+def _random_bits(seed: int | None) -> np.random.PCG64:
+    # Raw bits: unlike what a Generator makes of them, numpy promises that they never change (NEP 19).
+    return np.random.PCG64(None if seed is None else int(seed))
+
+
+def _inside(name: str, token: int, vocabulary: int) -> int:
+    _check_integer(f"a token id of {name}", token)
+    if token >= vocabulary:
+        raise InvalidSettingError(
+            f"{name} names token {token}, but the vocabulary ends at {vocabulary - 1}. Leave it out."
+        )
+    return int(token)
 
 
 class _History:
@@ -221,6 +282,12 @@ class _History:
 
     def add(self, token: int) -> None:
         self._counts[self._place(token)] += 1
+
+    def copy(self) -> _History:
+        twin, size = _History(self._ids.size), len(self._places)
+        twin._ids[:size], twin._counts[:size] = self._ids[:size], self._counts[:size]
+        twin._places = dict(self._places)
+        return twin
 
     def _place(self, token: int) -> int:
         place = self._places.setdefault(token, len(self._places))
@@ -259,78 +326,3 @@ def penalize_presence(logits: Floats, counts: NDArray[np.int64], presence: float
     exact = logits.astype(np.float64)
     penalized: Floats = (exact - presence * (counts > 0) - frequency * counts).astype(np.float32)
     return penalized
-
-
-def softmax_weights(logits: Floats, temperature: float = 1.0, out: Floats | None = None) -> Floats:
-    """Step 4 and the exponential: exp((logits − max) / temperature), so the largest weight is 1."""
-    weights: Floats = np.subtract(logits, logits.max(), out=out)
-    if temperature != 1:
-        np.divide(weights, np.float32(max(temperature, _TINY)), out=weights)
-    np.exp(weights, out=weights)
-    return weights
-
-
-def top_k(logits: Floats, k: int) -> Indices:
-    """Step 5: the `k` largest, 0 < k ≤ number of logits."""
-    # Saves partitioning all of them: the k-th largest of the maxima of disjoint groups bounds the k-th
-    # largest logit from below, and few logits reach it.
-    groups = logits[: logits.size // _BLOCK * _BLOCK].reshape(_BLOCK, -1).max(axis=0)
-    near = np.flatnonzero(logits >= _kth_largest(groups, k)) if k <= groups.size else np.arange(logits.size)
-    values = logits[near]
-    return near[_largest(values, _kth_largest(values, k), k)]
-
-
-def top_p(weights: Floats, p: float) -> Indices:
-    """Step 6: the fewest of the largest weights whose sum reaches `p` of the whole, but at least one."""
-    total = float(weights.sum(dtype=np.float64))
-    # Saves sorting the long tail. Mostly the few weights above the first threshold are enough. Those above
-    # the second always are, as all others together hold less than 1 − p, except that rounding may make them
-    # miss by a hair.
-    for threshold in ((1 - p) * total / 32, (1 - p) * total / weights.size, 0.0):
-        near = np.flatnonzero(weights >= threshold)
-        values = weights[near]
-        if near.size and values.sum(dtype=np.float64) >= p * total:
-            break
-    descending = np.sort(values)[::-1]
-    reached = int(np.searchsorted(descending.cumsum(dtype=np.float64), p * total)) + 1
-    count = min(reached, values.size)
-    return near[_largest(values, descending[count - 1], count)]
-
-
-def min_p(weights: Floats, p: float) -> Indices:
-    """Step 7: weights of at least `p` times the largest."""
-    return np.flatnonzero(weights >= np.float32(p) * weights.max())
-
-
-def draw(weights: Floats, uniform: float) -> int:
-    """Step 8: the index where the cumulated weights pass `uniform` (of [0, 1)) of their sum."""
-    # In two levels, as cumulating a whole vocabulary would take longer than all the rest.
-    size = max(_BLOCK, math.isqrt(weights.size))
-    blocks = np.add.reduceat(weights, np.arange(0, weights.size, size), dtype=np.float64)
-    target = uniform * float(blocks.sum())
-    block, before = _passed(blocks, target)
-    inside = weights[block * size : (block + 1) * size]
-    return block * size + _passed(inside, target - before)[0]
-
-
-def _passed(weights: NDArray[np.floating], target: float) -> tuple[int, float]:
-    """The first index where the cumulated weights pass `target`, and the sum of those before it."""
-    sums = weights.cumsum(dtype=np.float64)
-    # Never beyond the last weight above 0, where rounding may put a target just under the sum.
-    last = int(np.searchsorted(sums, sums[-1], side="left"))
-    index = min(int(np.searchsorted(sums, target, side="right")), last)
-    return index, float(sums[index - 1]) if index else 0.0
-
-
-def _kth_largest(values: Floats, k: int) -> np.float32:
-    return np.float32(np.partition(values, values.size - k)[values.size - k])
-
-
-def _largest(values: Floats, smallest: np.float32, count: int) -> Indices:
-    """Ascending indices of the `count` largest, the last of which is `smallest`; of equals, the first."""
-    indices = np.flatnonzero(values >= smallest)
-    surplus = indices.size - count
-    if surplus == 0:
-        return indices
-    ties = np.flatnonzero(values[indices] == smallest)
-    return np.delete(indices, ties[-surplus:])

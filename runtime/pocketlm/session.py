@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketlm.errors import BundleError, ContextOverflowError
-from pocketlm.kv_cache import KVCache
+from pocketlm.kv_cache import KVCache, KVSlots
 from pocketlm.manifest import Dimensions, GraphIO
 
 # Its wheels report usage over the network by default; this is read once, when the library is loaded.
@@ -28,16 +28,26 @@ ort.disable_telemetry_events()
 class Session:
     """One graph on the CPU. Safe for several threads, each with a cache of its own."""
 
-    def __init__(self, graph: Path, dimensions: Dimensions, io: GraphIO, *, threads: int) -> None:
-        """Maps the weights beside `graph` into memory.
+    def __init__(
+        self,
+        graph: Path,
+        dimensions: Dimensions,
+        io: GraphIO,
+        *,
+        threads: int,
+        spin_us: int | None = None,
+    ) -> None:
+        """Maps the weights beside `graph` into memory. `threads` and `spin_us`: see `open_graph`.
 
         Raises BundleError if ONNX Runtime refuses the graph.
         """
         self.dimensions = dimensions
         self.threads = threads
         self._io = io
-        self._session = open_graph(graph, threads)
-        self._bindings: WeakKeyDictionary[KVCache, _Binding] = WeakKeyDictionary()
+        self._session = open_graph(graph, threads, spin_us)
+        self._bindings: WeakKeyDictionary[KVSlots, tuple[int, dict[tuple[int, int], _Binding]]] = (
+            WeakKeyDictionary()
+        )
 
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.dimensions, capacity)
@@ -53,50 +63,88 @@ class Session:
         past, count = len(cache), len(ids)
         if past + count > cache.capacity:
             raise ContextOverflowError(past + count, cache.capacity)
-        binding = self._bindings.get(cache)
-        if binding is None:
-            binding = self._bindings[cache] = _Binding(self._session, self._io, self.dimensions, cache)
-        logits = binding.run(ids, past, [count - 1] if rows is None else rows)
+        binding = self._binding(cache.slots, cache.index, 1)
+        logits = binding.run([ids], [past], [count - 1] if rows is None else rows)
         cache.append(ids)
         return logits
 
+    def forward_each(self, ids: Mapping[KVCache, int]) -> NDArray[np.float32]:
+        """Appends one token to each of several caches of the same slots, in one pass.
+
+        A slot between them takes part with a token that does not count. Returns the logits
+        (caches, vocabulary) in the order of `ids`, in a buffer that the next call overwrites.
+        """
+        slots = next(iter(ids)).slots
+        for cache in ids:
+            if len(cache) == cache.capacity:
+                raise ContextOverflowError(len(cache) + 1, cache.capacity)
+        first = min(cache.index for cache in ids)
+        caches = slots.caches[first : 1 + max(cache.index for cache in ids)]
+        for cache in caches:
+            if cache not in ids and len(cache) == cache.capacity:
+                cache.truncate(cache.capacity - 1)  # the token that does not count goes behind the others
+        logits = self._binding(slots, first, len(caches)).run(
+            [[ids.get(cache, 0)] for cache in caches],
+            [len(cache) for cache in caches],
+            [cache.index - first for cache in ids],
+        )
+        for cache, token_id in ids.items():
+            cache.append([token_id])
+        return logits
+
+    def _binding(self, slots: KVSlots, first: int, count: int) -> _Binding:
+        version, bindings = self._bindings.get(slots, (None, {}))
+        if version != slots.version:  # other buffers: those that are bound would keep the old ones alive
+            bindings = {}
+            self._bindings[slots] = (slots.version, bindings)
+        binding = bindings.get((first, count))
+        if binding is None:
+            buffer = slots.buffer[:, :, first : first + count]
+            binding = _Binding(self._session, self._io, self.dimensions, buffer)
+            bindings[first, count] = binding
+        return binding
+
 
 class _Binding:
-    """The graph's inputs and outputs bound to one cache; a decode step only writes three integers."""
+    """The graph's inputs and outputs bound to neighbouring slots; a decode step only writes three integers
+    for each."""
 
     def __init__(
-        self, session: ort.InferenceSession, io: GraphIO, dimensions: Dimensions, cache: KVCache
+        self, session: ort.InferenceSession, io: GraphIO, dimensions: Dimensions, buffer: NDArray[np.float32]
     ) -> None:
+        """`buffer` (layers, key or value, slots, kv_heads, capacity, head_dim)"""
         self._session = session
         self._io = io
         self._binding = session.io_binding()
-        self._past_lengths = np.zeros(1, np.int32)
+        self._past_lengths = np.zeros(buffer.shape[2], np.int32)
         self._bind_input(io.past_lengths, self._past_lengths)
         for layer in range(dimensions.layers):
-            key, value = (_shared(cache.buffer[layer, part]) for part in (0, 1))
+            key, value = (_shared(buffer[layer, part]) for part in (0, 1))
             self._binding.bind_ortvalue_input(io.past_key.format(layer=layer), key)
             self._binding.bind_ortvalue_input(io.past_value.format(layer=layer), value)
             # Past and present in one buffer: the attention node then writes in place.
             self._binding.bind_ortvalue_output(io.present_key.format(layer=layer), key)
             self._binding.bind_ortvalue_output(io.present_value.format(layer=layer), value)
         self._vocabulary = dimensions.vocabulary
-        self._ids = np.empty((1, 0), np.int64)
+        self._ids = np.empty((0, 0), np.int64)
         self._rows = np.empty(0, np.int64)
         self._logits = np.empty((0, 0), np.float32)
 
-    def run(self, ids: Sequence[int], past: int, rows: Sequence[int]) -> NDArray[np.float32]:
+    def run(
+        self, ids: Sequence[Sequence[int]], past: Sequence[int], rows: Sequence[int]
+    ) -> NDArray[np.float32]:
         # Shapes are bound with the buffers, so a buffer of another size has to be bound anew.
-        if self._ids.size != len(ids):
-            self._ids = np.empty((1, len(ids)), np.int64)
+        if self._ids.shape[1] != len(ids[0]):
+            self._ids = np.empty((len(ids), len(ids[0])), np.int64)
             self._bind_input(self._io.input_ids, self._ids)
         if self._rows.size != len(rows):
             self._rows = np.empty(len(rows), np.int64)
             self._logits = np.empty((len(rows), self._vocabulary), np.float32)
             self._bind_input(self._io.logit_rows, self._rows)
             self._binding.bind_ortvalue_output(self._io.logits, _shared(self._logits))
-        self._ids[0] = ids
+        self._ids[:] = ids
         self._rows[:] = rows
-        self._past_lengths[0] = past
+        self._past_lengths[:] = past
         self._session.run_with_iobinding(self._binding)
         return self._logits
 
@@ -109,12 +157,20 @@ def _shared(array: NDArray[np.generic]) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def open_graph(graph: Path, threads: int) -> ort.InferenceSession:
-    """ONNX Runtime's session on the CPU, as pocketlm wants it. Raises BundleError if it refuses the graph."""
+def open_graph(graph: Path, threads: int, spin_us: int | None = None) -> ort.InferenceSession:
+    """ONNX Runtime's session on the CPU, as pocketlm wants it.
+
+    An idle thread looks for work for `spin_us` microseconds before it sleeps: 0 is not at all, None as long
+    as ONNX Runtime has it. Raises BundleError if it refuses the graph.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if spin_us == 0:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    elif spin_us is not None:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
     # Shapes change from call to call, so a pattern of the last call's memory only holds memory. Planning
     # which buffers to reuse takes time with the square of the nodes (half a second for thirty layers) and
     # gained neither speed nor memory.
@@ -131,12 +187,12 @@ def open_graph(graph: Path, threads: int) -> ort.InferenceSession:
             f"ONNX Runtime {ort.__version__} cannot load {graph}: {_first_line(error)} "
             "Export or pull the model again; if that does not help, upgrade onnxruntime."
         ) from error
-    _return_freed_memory()
+    return_freed_memory()
     return session
 
 
-def _return_freed_memory() -> None:
-    """Loading frees each weight's first copies; glibc would keep that memory (100 MB of 300) for itself."""
+def return_freed_memory() -> None:
+    """Loading frees the weights' first copies, closing the others; glibc would keep that memory to itself."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)

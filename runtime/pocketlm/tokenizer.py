@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import jinja2
 import jinja2.ext
@@ -37,6 +37,14 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+class ToolMessage(Message, total=False):
+    """A message of a conversation with tools, in the form of the OpenAI API."""
+
+    tool_calls: Sequence[Mapping[str, Any]]  # what an assistant's message calls
+    tool_call_id: str  # the call that a tool's message answers
+    name: str  # that tool
 
 
 class Tokenizer:
@@ -75,6 +83,11 @@ class Tokenizer:
     def vocabulary_size(self) -> int:
         """Number of tokens, added ones included. The logits may be wider: some models pad theirs."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the added tokens that are no text, such as the beginning of a message."""
+        return frozenset(self._special)
 
     @property
     def has_chat_template(self) -> bool:
@@ -136,19 +149,36 @@ class Tokenizer:
             return token.encode()  # Added tokens are plain text, not in the alphabet of bytes.
         return self._decoder.to_bytes(token)
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    @property
+    def has_tools(self) -> bool:
+        """Whether the chat template shows tools to the model."""
+        return re.search(r"\btools\b", self._template_source or "") is not None
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt that the chat template makes of a conversation.
 
-        `add_generation_prompt` ends it with the beginning of the assistant's answer.
+        `tools` are functions in the form of the OpenAI API. `add_generation_prompt` ends the prompt with the
+        beginning of the assistant's answer.
 
-        Raises PromptError if there is no template, if it fails or refuses the conversation, or if a message
-        lacks its role or content.
+        Raises PromptError if there is no template, if it fails or refuses the conversation, if a message
+        lacks its role or content, or if there are tools that the template does not show.
         """
         if self._template_source is None:
             raise PromptError("the model has no chat template. Pass plain text instead (--raw).")
+        if tools and not self.has_tools:
+            raise PromptError(
+                "the model's chat template has no tools: the model would never see them. Use a model that "
+                "was trained to call tools, or describe them in a message and constrain the answer."
+            )
         context: dict[str, Any] = {
             "messages": [_checked(message, index) for index, message in enumerate(messages)],
-            "tools": None,
+            "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -165,12 +195,18 @@ class Tokenizer:
                 f"the chat template failed on these messages: {str(error) or type(error).__name__}"
             ) from error
 
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """The token ids of `render_chat`, with exactly one begin-of-text token if the model wants one.
 
         Raises what `render_chat` and `encode` raise.
         """
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        text = self.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt)
         ids = self.encode(text, add_bos=False)
         bos = self._tokens.bos
         if bos is None or not self._tokens.add_bos or ids[:1] == [bos]:
@@ -300,14 +336,35 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_alphabet()
 
 
-def _checked(message: Message, index: int) -> dict[str, str]:
-    fields = dict(message) if isinstance(message, Mapping) else {}
+def _checked(message: Message, index: int) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(message) if isinstance(message, Mapping) else {}
+    calls = fields.get("tool_calls")
+    if calls and fields.get("content") is None:
+        fields["content"] = ""
     for name in ("role", "content"):
         if not isinstance(fields.get(name), str):
             raise PromptError(
                 f'message {index} is {message!r}, expected {{"role": "…", "content": "…"}}, both strings.'
             )
-    return cast("dict[str, str]", fields)
+    if calls:
+        fields["tool_calls"] = [_checked_call(call, index) for call in calls]
+    return fields
+
+
+def _checked_call(call: Any, index: int) -> dict[str, Any]:
+    """A call with its arguments as an object, as templates want them; the OpenAI API has them as text."""
+    try:
+        function = dict(call["function"])
+        if isinstance(function["arguments"], str):
+            function["arguments"] = json.loads(function["arguments"])
+        if isinstance(function["name"], str) and isinstance(function["arguments"], dict):
+            return {**call, "type": "function", "function": function}
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise PromptError(
+        f'message {index} has the tool call {call!r}, expected {{"type": "function", "function": '
+        '{"name": "…", "arguments": {…}}}, the arguments as an object or as its JSON text.'
+    )
 
 
 def _joined(pieces: Iterator[str]) -> str:

@@ -66,8 +66,12 @@ def test_packs_linears_that_share_an_input() -> None:
     weights = read_weights(checkpoint)
     qkv, tensors = weights.linears["layers.1.qkv"], checkpoint.tensors
     assert (qkv.outputs, qkv.inputs) == (128, 64)
-    assert (qkv.weight() == np.concatenate([tensors[f"{part}.weight"] for part in parts])).all()
-    assert (qkv.bias == np.concatenate([tensors[f"{part}.bias"] for part in parts])).all()
+    scale = np.repeat([0.25, 1], 64).astype(np.float32)  # of attention: 1 / √16 in the queries
+    weight, bias = (
+        np.concatenate([tensors[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")
+    )
+    assert (qkv.weight() == weight * scale[:, None]).all()
+    assert (qkv.bias == bias * scale).all()
     assert set(weights.norms) == {"final_norm"} | {
         f"layers.{n}.{kind}_norm" for n in (0, 1) for kind in ("attention", "mlp")
     }

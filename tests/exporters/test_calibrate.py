@@ -57,7 +57,7 @@ def slow_inputs(weights: DecoderWeights, ids: list[int]) -> dict[str, Array]:
         by_head = qkv.reshape(len(ids), -1, config.head_dim)
         q, k, v = np.split(by_head, [config.heads, config.heads + config.kv_heads], axis=1)
         k, v = (np.repeat(each, config.heads // config.kv_heads, axis=1) for each in (rotate(k), v))
-        scores = np.einsum("ihd,jhd->hij", rotate(q), k) / np.sqrt(config.head_dim)
+        scores = np.einsum("ihd,jhd->hij", rotate(q), k)
         scores = np.where(np.tri(len(ids), dtype=bool), scores, -np.inf)
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)

@@ -22,13 +22,13 @@ from pocketlm_exporters.graph.embedding import (
 )
 from pocketlm_exporters.quantize.rounding import BlockWeight, round_blocks
 
-IDS = np.array([[0, 3, 3, 6, 1]])
+IDS = np.array([0, 3, 3, 6, 1])
 
 
 def look_up(folder: Path, emitter: EmbeddingEmitter, hidden: int) -> Array:
     g = GraphBuilder("embedding")
-    ids = g.input("ids", ir.DataType.INT64, (1, "tokens"))
-    g.output(emitter(g, ids), "rows", ir.DataType.FLOAT, (1, "tokens", hidden))
+    ids = g.input("ids", ir.DataType.INT64, ("tokens",))
+    g.output(emitter(g, ids), "rows", ir.DataType.FLOAT, ("tokens", hidden))
     g.save(folder, "embedding.onnx", "embedding.onnx.data")
     rows: Array = open_graph(folder / "embedding.onnx", 1).run(["rows"], {"ids": IDS})[0]
     return rows
@@ -60,8 +60,8 @@ def test_a_tied_head_shares_the_table(tmp_path: Path) -> None:
     logits = TiedFloatHead(embedding)(g, embedding(g, ids), "head")
     g.output(logits, "logits", ir.DataType.FLOAT, ("tokens", 700))
     g.save(tmp_path, "tied.onnx", "tied.onnx.data")
-    found = open_graph(tmp_path / "tied.onnx", 1).run(["logits"], {"ids": IDS[0]})[0]
-    np.testing.assert_allclose(found, table[IDS[0]] @ table.T, atol=1e-4)
+    found = open_graph(tmp_path / "tied.onnx", 1).run(["logits"], {"ids": IDS})[0]
+    np.testing.assert_allclose(found, table[IDS] @ table.T, atol=1e-4)
     assert (tmp_path / "tied.onnx.data").stat().st_size < 1.5 * table.nbytes
 
 
@@ -70,9 +70,9 @@ def test_a_tied_head_shares_the_blocks(hidden: int, tmp_path: Path) -> None:
     table = np.random.default_rng(0).standard_normal((700, hidden)).astype(np.float32)
     embedding = TiedBlockEmbedding(round_blocks(table), hidden)
     g = GraphBuilder("tied")
-    ids = g.input("ids", ir.DataType.INT64, (1, "tokens"))
+    ids = g.input("ids", ir.DataType.INT64, ("tokens",))
     logits = TiedBlockHead(embedding)(g, embedding(g, ids), "head")
-    g.output(logits, "logits", ir.DataType.FLOAT, (1, "tokens", 700))
+    g.output(logits, "logits", ir.DataType.FLOAT, ("tokens", 700))
     g.save(tmp_path, "tied.onnx", "tied.onnx.data")
     found = open_graph(tmp_path / "tied.onnx", 1).run(["logits"], {"ids": IDS})[0]
     expected = table[IDS] @ table.T

@@ -48,7 +48,6 @@ def test_norms_are_what_is_added_to_one() -> None:
         "attention_post_norm": "post_attention_layernorm",
         "mlp_norm": "pre_feedforward_layernorm",
         "mlp_post_norm": "post_feedforward_layernorm",
-        "query_norm": "self_attn.q_norm",
         "key_norm": "self_attn.k_norm",
     }
     for path, name in names.items():
@@ -75,8 +74,14 @@ def test_local_and_global_layers_differ_in_window_and_frequencies() -> None:
     assert (local.sliding_window, everything.sliding_window) == (24, None)
     assert local.inverse_frequencies == frequencies(10_000)
     assert everything.inverse_frequencies == frequencies(1_000_000)
-    assert local.scale == everything.scale == 0.25
-    assert config_of(query_pre_attn_scalar=100).attention[0].scale == 0.1
+
+
+@pytest.mark.parametrize(("scalar", "scale"), [(16, 0.25), (100, 0.1), (None, 1 / 16)])
+def test_the_norm_of_queries_carries_the_scale_of_attention(scalar: float | None, scale: float) -> None:
+    checkpoint = gemma3_checkpoint(query_pre_attn_scalar=scalar)
+    for n, norms in enumerate([read_weights(checkpoint).norms] * 3):
+        stored = checkpoint.tensors[f"model.layers.{n}.self_attn.q_norm.weight"]
+        np.testing.assert_allclose(norms[f"layers.{n}.query_norm"], (stored + 1) * scale, rtol=1e-6)
 
 
 def test_scaling_is_for_the_global_layers() -> None:

@@ -25,6 +25,7 @@ from pocketlm_exporters.graph.linear import (
     StaticInt8Linear,
     TappedLinear,
 )
+from pocketlm_exporters.processor import WEIGHT_BYTES, WeightBytes
 from pocketlm_exporters.quantize.rounding import ChannelWeight, round_blocks, round_channels
 
 WIDTHS = [(1, 1), (2, 3), (31, 17), (64, 64), (127, 33), (576, 192), (1031, 5)]
@@ -36,13 +37,13 @@ class Product:
 
     def __init__(self, folder: Path, emitter: LinearEmitter, inputs: int, *, threads: int = 2) -> None:
         g = GraphBuilder("linear")
-        x = g.input("x", ir.DataType.FLOAT, (1, "rows", inputs))
-        g.output(emitter(g, x, "linear"), "y", ir.DataType.FLOAT, (1, "rows", None))
+        x = g.input("x", ir.DataType.FLOAT, ("rows", inputs))
+        g.output(emitter(g, x, "linear"), "y", ir.DataType.FLOAT, ("rows", None))
         g.save(folder, "linear.onnx", "linear.onnx.data")
         self._session = open_graph(folder / "linear.onnx", threads)
 
     def __call__(self, rows: Array, output: str = "y") -> Array:
-        result: Array = self._session.run([output], {"x": rows[None]})[0][0]
+        result: Array = self._session.run([output], {"x": rows})[0]
         return result
 
 
@@ -59,6 +60,12 @@ def extreme_values(rows: int, inputs: int, outputs: int) -> tuple[Array, NDArray
     return x.astype(np.float32), w.astype(np.int8)
 
 
+def stored(w: NDArray[np.int8], weights: WeightBytes) -> ChannelWeight:
+    """`w` (inputs, outputs) with scales of one."""
+    signed = ChannelWeight(w, ones(w.shape[1]), 0.0)
+    return signed.unsigned() if weights == "unsigned" else signed
+
+
 def exact(x: Array, w: NDArray[np.int8]) -> NDArray[np.int64]:
     product: NDArray[np.int64] = np.rint(x).astype(np.int64) @ w.astype(np.int64)
     return product
@@ -68,21 +75,25 @@ def ones(outputs: int) -> Array:
     return np.ones(outputs, np.float32)
 
 
+@pytest.mark.parametrize("weights", WEIGHT_BYTES)
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 @pytest.mark.parametrize(("inputs", "outputs"), WIDTHS)
 def test_static_product_is_exact_at_extreme_values(
-    inputs: int, outputs: int, rows: int, tmp_path: Path
+    inputs: int, outputs: int, rows: int, weights: WeightBytes, tmp_path: Path
 ) -> None:
     x, w = extreme_values(rows, inputs, outputs)
-    product = Product(tmp_path, StaticInt8Linear(ChannelWeight(w, ones(outputs), 0.0), None, 127.0), inputs)
+    product = Product(tmp_path, StaticInt8Linear(stored(w, weights), None, 127.0), inputs)
     assert (product(x) == exact(x, w)).all()
 
 
+@pytest.mark.parametrize("weights", WEIGHT_BYTES)
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 @pytest.mark.parametrize(("inputs", "outputs"), WIDTHS)
-def test_row_product_is_exact_at_extreme_values(inputs: int, outputs: int, rows: int, tmp_path: Path) -> None:
+def test_row_product_is_exact_at_extreme_values(
+    inputs: int, outputs: int, rows: int, weights: WeightBytes, tmp_path: Path
+) -> None:
     x, w = extreme_values(rows, inputs, outputs)
-    product = Product(tmp_path, RowInt8Linear(ChannelWeight(w, ones(outputs), 0.0), None), inputs)
+    product = Product(tmp_path, RowInt8Linear(stored(w, weights), None), inputs)
     sizes = 2.0 ** np.arange(-rows // 2, rows - rows // 2, dtype=np.float32)[:rows, None]
     # Up to the rounding of the scales' product with the whole number.
     np.testing.assert_allclose(product(x * sizes), exact(x, w) * sizes.astype(np.float64), rtol=1e-6)
@@ -96,11 +107,12 @@ def test_activations_beyond_the_range_are_clipped(tmp_path: Path) -> None:
     assert (product(x) == np.array([[127], [-128], [-128]]) * 127 * 300).all()
 
 
-def test_every_integer_is_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", WEIGHT_BYTES)
+def test_every_integer_is_its_own(weights: WeightBytes, tmp_path: Path) -> None:
     """All 255 activations against all 255 weights."""
     w = np.arange(-127, 128, dtype=np.int8)[None]
     x = np.arange(-127, 128, dtype=np.float32)[:, None]
-    product = Product(tmp_path, StaticInt8Linear(ChannelWeight(w, ones(255), 0.0), None, 127.0), 1)
+    product = Product(tmp_path, StaticInt8Linear(stored(w, weights), None, 127.0), 1)
     assert (product(x) == exact(x, w)).all()
 
 

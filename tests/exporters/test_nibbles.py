@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers.tiny import Array
@@ -46,6 +46,7 @@ def slow_unpack(packed: NibbleWeight, inputs: int) -> Array:
 
 
 @given(WEIGHTS)
+@example(np.array([[-0.703125, -0.5]], np.float32))  # whose zero point is rounded up beyond the last code
 @settings(deadline=None)
 def test_codes_are_the_nearest_on_a_grid_that_has_zero(weight: Array) -> None:
     grid = fit_grid(weight, ones(weight.shape[1]))

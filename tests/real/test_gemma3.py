@@ -60,7 +60,8 @@ def test_a_text_beyond_the_sliding_window(gemma: pocketlm.Model) -> None:
     assert len(ids) > 800
     whole = gemma.logits(ids)[-1]
     assert gemma.tokenizer.decode([int(whole.argmax())]).strip().startswith("sword")
-    session, cache = gemma._open_session(), gemma._new_cache()
+    session = gemma._open_session()
+    cache = session.new_cache(2048)
     for start in range(0, len(ids), 100):
         logits = session.forward(ids[start : start + 100], cache)
     assert np.abs(logits[0] - whole).max() < 1e-3 * np.abs(whole).max()

@@ -104,7 +104,7 @@ def test_commands_speak_on_standard_error(model: FakeModel) -> None:
         "messages     3 in the conversation",
         "answers      1 since the start, 2 tokens",
         "last answer  prompt 12 tokens, 2 of them cached at 100 tok/s · answer 2 tokens at 4 tok/s · "
-        "first token after 0.12 s · total 0.60 s",
+        "drafts 3 of 8 right · first token after 0.12 s · total 0.60 s",
         "The conversation is forgotten.",
         "The system message is removed.",
         "There is no system message. /system TEXT sets one.",

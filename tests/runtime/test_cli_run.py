@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -66,7 +67,13 @@ def test_options_reach_the_engine_and_the_others_keep_its_defaults(model: FakeMo
     assert (result.exit_code, result.stderr) == (0, "")
     load, stream = model.calls
     assert load.pop("progress") is not None
-    assert load == {"name": "fake", "precision": "fp32", "context_length": 512, "threads": 2}
+    assert load == {
+        "name": "fake",
+        "precision": "fp32",
+        "context_length": 512,
+        "threads": 2,
+        "reproducible": False,
+    }
     assert stream == {
         "prompt": "hi",
         "system": "Be terse.",
@@ -83,6 +90,40 @@ def test_options_reach_the_engine_and_the_others_keep_its_defaults(model: FakeMo
     model.calls.clear()
     run("hi", "--raw")
     assert model.calls[1] == {"prompt": "hi", "system": None, "raw": True, "max_tokens": None}
+
+
+def test_options_of_speed_reach_the_engine(model: FakeModel) -> None:
+    result = run("hi", "--power", "eco", "--draft", "small", "--no-speculation", "--reproducible")
+    assert (result.exit_code, result.stderr) == (0, "")
+    load, stream = model.calls
+    assert (load["power"], load["draft"], load["reproducible"]) == ("eco", "small", True)
+    assert stream["speculate"] is False
+
+
+def test_an_unknown_power_mode_is_wrong_usage(model: FakeModel) -> None:
+    result = run("hi", "--power", "fats")
+    assert result.exit_code == 2
+    assert "'fats' is not a power mode; use eco, balanced, fast" in result.stderr
+    assert model.calls == []
+
+
+@pytest.mark.parametrize("option", ["json-schema", "grammar"])
+def test_a_grammar_is_given_inline_or_in_a_file(model: FakeModel, tmp_path: Path, option: str) -> None:
+    (tmp_path / "file").write_text("{}", encoding="utf-8")
+    for value in ("{}", f"@{tmp_path / 'file'}"):
+        model.calls.clear()
+        assert run("hi", f"--{option}", value).exit_code == 0
+        assert model.calls[1][option.replace("-", "_")] == "{}"
+    model.calls.clear()
+    result = run("hi", f"--{option}", f"@{tmp_path / 'none'}")
+    assert result.exit_code == 2
+    assert "cannot be read" in result.stderr
+    assert model.calls == []
+
+
+def test_a_regex_is_taken_as_it_is(model: FakeModel) -> None:
+    assert run("hi", "--regex", "@[a-z]+").exit_code == 0
+    assert model.calls[1]["regex"] == "@[a-z]+"
 
 
 @pytest.mark.parametrize(
@@ -143,15 +184,24 @@ def test_json_is_one_object_and_nothing_else(model: FakeModel) -> None:
         "model": "fake",
         "text": "echo: ",
         "finish_reason": "length",
-        "usage": {"prompt_tokens": 12, "cached_tokens": 2, "completion_tokens": 1, "total_tokens": 13},
+        "usage": {
+            "prompt_tokens": 12,
+            "cached_tokens": 2,
+            "completion_tokens": 1,
+            "dropped_messages": 0,
+            "total_tokens": 13,
+        },
         "timings": {
             "load_s": 0.2,
+            "queue_s": 0.02,
             "prefill_s": 0.1,
             "decode_s": 0.5,
             "ttft_s": 0.12,
             "total_s": 0.6,
             "prefill_tokens_per_s": 100.0,
             "decode_tokens_per_s": 2.0,
+            "drafted_tokens": 8,
+            "accepted_tokens": 3,
         },
     }
 
@@ -185,10 +235,10 @@ def test_speeds_are_shown_on_request_only_and_on_standard_error(model: FakeModel
     assert result.stdout == "echo: hi \n"
     assert result.stderr == (
         "prompt 12 tokens, 2 of them cached at 100 tok/s · answer 2 tokens at 4 tok/s · "
-        "first token after 0.12 s · total 0.60 s · load 0.20 s\n"
+        "drafts 3 of 8 right · first token after 0.12 s · total 0.60 s · load 0.20 s\n"
     )
     model.words = []
-    assert "answer 0 tokens · first" in run("hi", "-v").stderr
+    assert "answer 0 tokens · drafts" in run("hi", "-v").stderr
 
 
 def test_sampling_options_without_a_temperature_are_pointed_out(model: FakeModel) -> None:

@@ -8,7 +8,7 @@ import math
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import pytest
 import pocketlm
 from helpers.checkpoints import PIECES
 from helpers.checkpoints import tokenizer_json as sentencepiece_json
+from helpers.scripted_session import read, wait_for
 from helpers.tiny import (
     END_OF_TEXT,
     IM_END,
@@ -27,9 +28,12 @@ from helpers.tiny import (
     tiny_checkpoint,
     write_folder,
 )
-from pocketlm.engine import Model, finish
+from pocketlm.engine import Model
 from pocketlm.errors import ContextOverflowError, InvalidSettingError, PocketlmError, PromptError
-from pocketlm.generate import Completion
+from pocketlm.generate import Completion, Stream
+from pocketlm.kv_pool import KVPool
+from pocketlm.scheduler import QueueFullError
+from pocketlm.session import Session
 from pocketlm.tokenizer import Message
 from pocketlm_exporters.export import export
 
@@ -54,7 +58,7 @@ def plain_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestAnswers:
     def test_greedy_is_the_most_likely_token_each_time(self, model: Model) -> None:
-        pieces = list(model.stream(PROMPT, max_tokens=12, ignore_eos=True))
+        pieces = list(model.stream(PROMPT, max_tokens=12, ignore_eos=True, logprobs=True))
         ids = list(PROMPT)
         for piece in pieces:
             logits = model.logits(ids)[-1].astype(np.float64)
@@ -218,7 +222,7 @@ class TestSettings:
             model.stream(PROMPT, **settings)
 
     def test_unknown(self, model: Model) -> None:
-        with pytest.raises(TypeError, match="temprature"):
+        with pytest.raises(InvalidSettingError, match=r"no setting 'temprature'.*temperature"):
             model.stream(PROMPT, temprature=1)  # type: ignore[call-arg]
 
     @pytest.mark.parametrize("length", [1, 0, -1, 513])
@@ -301,11 +305,18 @@ class TestCaches:
             gc.enable()
 
     def test_of_an_answer_that_failed(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-        stream = model.stream(PROMPT, logit_bias=LETTERS)
-        text = next(stream).text
+        forward, passes = Session.forward, iter(range(100))
+
+        def failing(*arguments: Any) -> Any:
+            if next(passes) == 2:
+                raise RuntimeError("broken")
+            return forward(*arguments)
+
         with monkeypatch.context() as patch:
-            patch.setattr(type(model._session), "forward", _interrupted)
-            with pytest.raises(KeyboardInterrupt):
+            patch.setattr(Session, "forward", failing)
+            stream = model.stream(PROMPT, logit_bias=LETTERS, speculate=False)
+            text = next(stream).text + next(stream).text
+            with pytest.raises(RuntimeError, match="broken"):
                 next(stream)
         assert stream.completion.text == text
         assert self.cached(model, PROMPT) == 18
@@ -323,19 +334,32 @@ class TestCaches:
         assert again.token_ids[0] == expected
         assert facts(model.generate([*PROMPT, 7], max_tokens=10)) == facts(fresh)
 
-    def test_old_ones_are_freed(self, model: Model) -> None:
-        caches = []
-        for seed in range(20):
-            stream = model.stream(random_ids(30, seed=seed), max_tokens=5)
-            caches.append(weakref.ref(stream.cache))
-            finish(stream)
-        del stream
-        alive = {id(cache()) for cache in caches if cache() is not None}
-        assert 0 < len(alive) <= 4
+    def test_many_requests_leave_nothing_behind(self, int8_bundle: Path) -> None:
+        with pocketlm.load(int8_bundle, threads=1, cache_bytes=1 << 20, concurrency=3) as model:
+            session, scheduler = model._session, model._scheduler
+            assert session is not None
 
+            def held() -> tuple[int, int, bool]:
+                def count(pool: KVPool) -> tuple[int, int, bool]:
+                    _, bindings = session._bindings[pool.slots]
+                    return len(pool.slots), len(session._bindings), len(bindings) <= 10
 
-def _interrupted(*_: Any) -> None:
-    raise KeyboardInterrupt
+                return scheduler.call(count).result()
+
+            for seed in range(300):
+                ids = random_ids(5 + seed % 7, seed=seed)
+                for stream in model.streams(ids, 1 + seed % 3, max_tokens=1 + seed % 4):
+                    if seed % 5:
+                        stream.finish()
+                    else:
+                        stream.close()
+                if seed == 30:
+                    before = held()
+            assert held() == before
+            assert before[0] <= 4
+            assert before[2]
+            assert scheduler.load == (0, 0)
+            assert scheduler.call(lambda pool: pool.store.bytes).result() <= 1 << 20
 
 
 class TestTogether:
@@ -392,3 +416,178 @@ class TestClosed:
             stream = model.stream(PROMPT, max_tokens=2)
             list(stream)
         assert stream.completion.usage.completion_tokens == 2
+
+    def test_the_memory_comes_back(self, int8_bundle: Path) -> None:
+        model = pocketlm.load(int8_bundle, threads=1)
+        streams = [model.stream(random_ids(9, seed=seed), logit_bias=LETTERS) for seed in range(3)]
+        for stream in streams:
+            next(stream)
+        pool = model._scheduler._pool
+        alive = [weakref.ref(model._session), weakref.ref(pool.slots.buffer)]
+        model.close()
+        # The model and its streams are still there.
+        assert [each() for each in alive] == [None, None]
+        for stream in streams:
+            assert len(list(stream)) < 512
+            assert stream.completion.finish_reason == "cancelled"
+
+    def test_a_model_that_is_dropped_is_closed_without_a_collection(self, int8_bundle: Path) -> None:
+        gc.disable()
+        try:
+            model = pocketlm.load(int8_bundle, threads=1)
+            model.generate(PROMPT, max_tokens=1)
+            buffer, thread = weakref.ref(model._scheduler._pool.slots.buffer), model._scheduler._thread
+            assert thread is not None
+            del model
+            wait_for(thread)
+            assert buffer() is None
+        finally:
+            gc.enable()
+
+    def test_a_stream_keeps_its_model(self, int8_bundle: Path) -> None:
+        assert (
+            len(list(pocketlm.load(int8_bundle, threads=1).stream(PROMPT, max_tokens=5, ignore_eos=True)))
+            == 5
+        )
+
+    def test_closed_by_one_thread_while_another_reads(self, int8_bundle: Path) -> None:
+        model = pocketlm.load(int8_bundle, threads=1)
+        stream = model.stream(PROMPT, logit_bias=LETTERS)
+        next(stream)
+        closer = threading.Thread(target=model.close)
+        closer.start()
+        read(stream)
+        wait_for(closer)
+        assert stream.completion.finish_reason == "cancelled"
+
+    def test_two_models_at_once(self, int8_bundle: Path, fp32_bundle: Path) -> None:
+        with pocketlm.load(int8_bundle, threads=1) as one, pocketlm.load(fp32_bundle, threads=1) as other:
+            expected = [facts(model.generate(PROMPT, max_tokens=20)) for model in (one, other)]
+            streams = [model.stream(PROMPT, max_tokens=20) for model in (one, other)]
+            assert [facts(stream.finish()) for stream in streams] == expected
+            one.close()
+            assert facts(other.generate(PROMPT, max_tokens=20)) == expected[1]
+
+
+class TestSeveral:
+    def test_share_the_prompt_and_have_seeds_of_their_own(self, model: Model) -> None:
+        settings: dict[str, Any] = {"temperature": 1.5, "max_tokens": 12, "logit_bias": LETTERS}
+        streams = model.streams(PROMPT, 3, seed=5, **settings)
+        found = [stream.finish() for stream in streams]
+        assert [completion.usage.cached_tokens for completion in found] == [0, 18, 18]
+        for seed, completion in enumerate(found, 5):
+            assert facts(completion) == facts(model.generate(PROMPT, seed=seed, speculate=False, **settings))
+        assert len({completion.text for completion in found}) == 3
+
+    @pytest.mark.parametrize("n", [0, -1])
+    def test_a_number_that_cannot_be(self, model: Model, n: int) -> None:
+        with pytest.raises(InvalidSettingError, match=rf"n is {n}; a whole number from 1 on"):
+            model.streams(PROMPT, n)
+
+
+class TestLimits:
+    def test_of_the_queue(self, int8_bundle: Path) -> None:
+        with pocketlm.load(int8_bundle, threads=1, concurrency=1, queue_limit=0) as model:
+            with model.stream(PROMPT, logit_bias=LETTERS) as stream:
+                next(stream)
+                with pytest.raises(QueueFullError, match="larger queue_limit"):
+                    model.stream(PROMPT)
+            assert len(model.generate(PROMPT, max_tokens=3, ignore_eos=True).token_ids) == 3
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"concurrency": 0}, "concurrency is 0; a whole number from 1 on"),
+            ({"queue_limit": -1}, "queue_limit is -1; a whole number from 0 on"),
+            ({"cache_bytes": -1}, "budget is -1 bytes"),
+        ],
+    )
+    def test_that_cannot_be(self, int8_bundle: Path, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(InvalidSettingError, match=message):
+            pocketlm.load(int8_bundle, **options)
+
+    def test_of_time(self, int8_bundle: Path) -> None:
+        with pocketlm.load(int8_bundle, threads=1, concurrency=1) as model:
+            with model.stream(PROMPT, logit_bias=LETTERS):  # nobody reads it, so that the engine pauses it
+                completion = model.generate(PROMPT, timeout_s=0.01)
+            assert completion.finish_reason == "timeout"
+            assert completion.token_ids == ()
+
+    def test_slide_leaves_the_oldest_out(self, model: Model) -> None:
+        chat = model.chat(system="Be brief.")
+        dropped = 0
+        for _ in range(14):
+            completion = chat.send("A" * 40, max_tokens=8, logit_bias=LETTERS, overflow="slide")
+            assert completion.usage.prompt_tokens + 8 <= 512
+            assert completion.usage.dropped_messages >= dropped
+            dropped = completion.usage.dropped_messages
+        assert dropped > 0
+        assert len(chat.messages) == 29
+
+
+class TestDeterminism:
+    """The same settings give the same tokens, whatever else there is."""
+
+    prompts = tuple(random_ids(count, seed=count) for count in (33, 150, 8, 64))
+    settings: ClassVar[dict[str, Any]] = {"max_tokens": 24, "temperature": 0.8, "seed": 3, "ignore_eos": True}
+
+    def ids(self, streams: list[Stream]) -> list[tuple[int, ...]]:
+        return [stream.finish().token_ids for stream in streams]
+
+    def expected(self, bundle: Path, **options: Any) -> list[tuple[int, ...]]:
+        """One by one, nothing cached and nothing drafted."""
+        with pocketlm.load(bundle, threads=1, **options) as model:
+            return [
+                model.generate(ids, speculate=False, cache_prompt=False, **self.settings).token_ids
+                for ids in self.prompts
+            ]
+
+    @pytest.mark.parametrize("reproducible", [False, True])
+    @pytest.mark.parametrize("concurrency", [1, 3, 8])
+    def test_together_and_cached(self, int8_bundle: Path, concurrency: int, reproducible: bool) -> None:
+        expected = self.expected(int8_bundle, reproducible=reproducible)
+        with pocketlm.load(
+            int8_bundle, threads=2, concurrency=concurrency, reproducible=reproducible
+        ) as model:
+            for _ in range(2):  # the second time, the prompts are cached
+                streams = [model.stream(ids, speculate=False, **self.settings) for ids in self.prompts]
+                assert self.ids(streams) == expected
+
+    def test_reproducible_with_speculation(self, int8_bundle: Path) -> None:
+        # Text that repeats itself, so that there are drafts.
+        prompts = [[*ids[:12], *ids[:12], *ids[:12]] for ids in self.prompts]
+        settings = {**self.settings, "temperature": 0.0, "max_tokens": 60}
+        with pocketlm.load(int8_bundle, threads=1, reproducible=True) as model:
+            plain = [
+                model.generate(ids, speculate=False, cache_prompt=False, **settings).token_ids
+                for ids in prompts
+            ]
+            completions = [stream.finish() for stream in [model.stream(ids, **settings) for ids in prompts]]
+            assert [completion.token_ids for completion in completions] == plain
+            again = [model.generate(ids, **settings) for ids in prompts]
+            assert [completion.token_ids for completion in again] == plain
+            assert sum(completion.timings.drafted_tokens for completion in again) > 0
+
+    @pytest.mark.parametrize("chunk", [2, 3, 17, 128])
+    def test_any_chunk_size(self, int8_bundle: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected = self.expected(int8_bundle)
+        with pocketlm.load(int8_bundle, threads=1) as model:
+            monkeypatch.setattr(model._scheduler, "_chunk", chunk)
+            streams = [model.stream(ids, speculate=False, **self.settings) for ids in self.prompts]
+            assert self.ids(streams) == expected
+
+    def test_a_saved_prefix(self, int8_bundle: Path, tmp_path: Path) -> None:
+        ids = self.prompts[1]
+        with pocketlm.load(int8_bundle, threads=1) as model:
+            expected = model.generate(ids, speculate=False, **self.settings).token_ids
+            assert model.save_prefix(tmp_path / "prefix", ids[:100]) == 100
+        with pocketlm.load(int8_bundle, threads=1) as model:
+            assert model.load_prefix(tmp_path / "prefix") == 100
+            found = model.generate(ids, speculate=False, **self.settings)
+            assert found.usage.cached_tokens == 100
+            assert found.token_ids == expected
+        with (
+            pocketlm.load(int8_bundle, threads=1, cache_bytes=1000) as model,
+            pytest.raises(InvalidSettingError, match="larger cache_bytes"),
+        ):
+            model.load_prefix(tmp_path / "prefix")

@@ -2,130 +2,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from helpers.sampling_reference import ranked, reference_distribution, reference_draw, row
 from pocketlm.errors import InvalidSettingError, PocketlmError, PromptError
-from pocketlm.sampling import Sampler, Sampling, draw, min_p, softmax_weights, top_k, top_p
+from pocketlm.sampling import MAX_TOP_LOGPROBS, Sampler, Sampling
 
 properties = settings(deadline=None, max_examples=60)
-
-# Whole numbers as weights, and shares in 1024ths: everything is exact, down to ties.
-whole_numbers = st.one_of(
-    st.lists(st.integers(0, 50), min_size=1, max_size=70).filter(any),
-    st.builds(
-        lambda seed, size: np.random.default_rng(seed).geometric(0.002, size).tolist(),
-        st.integers(0, 2**32),
-        st.integers(1, 2000),
-    ),
-)
-shares = st.integers(0, 1024).map(lambda share: share / 1024)
-
-
-def row(values: Sequence[float]) -> NDArray[np.float32]:
-    return np.array(values, dtype=np.float32)
-
-
-def ranked(values: Sequence[float]) -> list[int]:
-    """Ids by falling value; of equals, the lowest first."""
-    return sorted(range(len(values)), key=lambda i: (-values[i], i))
-
-
-def reference_top_p(weights: Sequence[float], p: float) -> list[int]:
-    order, held = ranked(weights), 0.0
-    for count, index in enumerate(order, start=1):
-        held += weights[index]
-        if held >= p * sum(weights):
-            return sorted(order[:count])
-    raise AssertionError("all of them hold any share")
-
-
-def reference_draw(weights: Sequence[float], uniform: float) -> int:
-    passed = 0.0
-    for index, weight in enumerate(weights):
-        passed += weight
-        if passed > uniform * sum(weights):
-            return index
-    raise AssertionError("uniform is below 1")
-
-
-def reference_distribution(
-    logits: Sequence[float], sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]
-) -> dict[int, float]:
-    """The steps as the module's docstring gives them, one token at a time, in double precision."""
-    values = list(map(float, logits))
-    for token, bias in sampling.logit_bias.items():
-        values[token] += bias
-    for token in {*prompt, *answer}:
-        if values[token] > 0:
-            values[token] /= sampling.repetition_penalty
-        else:
-            values[token] *= sampling.repetition_penalty
-    for token, count in Counter(answer).items():
-        values[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
-    if sampling.temperature == 0:
-        return {ranked(values)[0]: 1.0}
-    kept = sorted(ranked(values)[: sampling.top_k or len(values)])
-    highest = max(values)
-    weights = [math.exp((values[token] - highest) / sampling.temperature) for token in kept]
-    if sampling.top_p < 1:
-        chosen = reference_top_p(weights, sampling.top_p)
-        kept, weights = [kept[i] for i in chosen], [weights[i] for i in chosen]
-    if sampling.min_p > 0:
-        chosen = [i for i, weight in enumerate(weights) if weight >= sampling.min_p * max(weights)]
-        kept, weights = [kept[i] for i in chosen], [weights[i] for i in chosen]
-    return dict(zip(kept, weights, strict=True))
-
-
-@given(whole_numbers, st.data())
-@properties
-def test_top_k_keeps_the_k_largest(values: list[int], data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, len(values)))
-    assert top_k(row(values), k).tolist() == sorted(ranked(values)[:k])
-
-
-@given(st.integers(0, 2**32), st.integers(64, 5000), st.integers(1, 60))
-@properties
-def test_top_k_on_a_vocabulary(seed: int, size: int, k: int) -> None:
-    values = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
-    values[values < -1] = -np.inf
-    assert top_k(values, k).tolist() == sorted(ranked(values.tolist())[:k])
-
-
-@given(whole_numbers, shares)
-@properties
-def test_top_p_keeps_the_fewest_that_hold_the_share(weights: list[int], p: float) -> None:
-    kept = top_p(row(weights), p)
-    assert kept.tolist() == reference_top_p(weights, p)
-    assert len(kept) >= 1
-
-
-@given(whole_numbers, shares)
-@properties
-def test_min_p_keeps_what_is_likely_enough(weights: list[int], p: float) -> None:
-    kept = [i for i, weight in enumerate(weights) if weight >= p * max(weights)]
-    assert min_p(row(weights), p).tolist() == kept
-
-
-@given(whole_numbers, shares.filter(lambda share: share < 1))
-@properties
-def test_draw_inverts_the_cumulated_weights(weights: list[int], uniform: float) -> None:
-    assert draw(row(weights), uniform) == reference_draw(weights, uniform)
-
-
-@pytest.mark.parametrize("size", [1, 3, 64, 65, 1000, 4097])
-def test_draw_never_goes_beyond_the_last_weight(size: int) -> None:
-    weights = np.zeros(size + 7, dtype=np.float32)
-    weights[:size] = 0.1
-    assert draw(weights, math.nextafter(1, 0)) == size - 1
-    assert draw(weights, 0.0) == 0
-    assert draw(weights[::-1], 0.0) == 7
 
 
 @given(
@@ -151,7 +39,7 @@ def test_sampler_follows_the_documented_order(
     sampler, uniforms = Sampler(sampling, len(values), prompt), np.random.Generator(np.random.PCG64(seed))
     answer: list[int] = []
     for _ in range(6):
-        token, _ = sampler.sample(row(values))
+        token, *_ = sampler.sample(row(values))
         distribution = reference_distribution(values, sampling, prompt, answer)
         tokens, weights = list(distribution), list(distribution.values())
         if sampling.temperature == 0:
@@ -170,17 +58,131 @@ def test_log_probability_is_the_models_own(values: list[float], seed: int) -> No
     logits = row(values)
     before = logits.copy()
     sampling = Sampling(temperature=3.0, top_k=5, presence_penalty=1.0, logit_bias={0: 2.0}, seed=seed)
-    token, logprob = Sampler(sampling, len(values), []).sample(logits)
+    sampler = Sampler(sampling, len(values), [], top_logprobs=0)
+    token, logprob, top = sampler.sample(logits)
     exact = logits.astype(np.float64)
     assert logprob == pytest.approx(exact[token] - np.logaddexp.reduce(exact), abs=2e-5)
-    assert logprob <= 1e-6
+    assert top == ()
     np.testing.assert_array_equal(logits, before)
 
 
+@given(st.lists(st.sampled_from([-math.inf, *range(-9, 9)]), max_size=300), st.integers(0, MAX_TOP_LOGPROBS))
+@properties
+def test_top_log_probabilities_fall_and_equals_rank_by_id(values: list[float], count: int) -> None:
+    logits = row([0.0, *values])
+    sampled = Sampler(Sampling(), logits.size, [], top_logprobs=count).sample(logits)
+    likely = [i for i in ranked(logits.tolist())[:count] if logits[i] > -math.inf]
+    assert [token for token, _ in sampled.top] == likely
+    total = np.logaddexp.reduce(logits.astype(np.float64))
+    assert [logprob for _, logprob in sampled.top] == pytest.approx(
+        [logits[i] - total for i in likely], abs=2e-5
+    )
+    if count:
+        assert sampled.top[0] == (sampled.token_id, sampled.logprob)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_log_probabilities_change_no_choice(temperature: float) -> None:
+    sampling = Sampling(temperature=temperature, seed=1, frequency_penalty=0.5)
+    plain, reporting = (Sampler(sampling, 500, [], top_logprobs=count) for count in (None, 5))
+    for logits in np.random.default_rng(0).standard_normal((20, 500)).astype(np.float32):
+        sampled = plain.sample(logits)
+        assert sampled == (sampled.token_id, None, ())
+        assert reporting.sample(logits).token_id == sampled.token_id
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_cannot_end_before_min_tokens(temperature: float) -> None:
+    # Step 4 comes after the bias, which would otherwise force an end.
+    sampling = Sampling(temperature=temperature, seed=0, logit_bias={1: 100.0, 2: 90.0})
+    sampler = Sampler(sampling, 4, [], min_tokens=3, eos=(1, 2), top_logprobs=0)
+    logits = row([5.0, 0.0, 0.0, -5.0])
+    sampled = [sampler.sample(logits) for _ in range(5)]
+    assert [each.token_id in (1, 2) for each in sampled] == [False] * 3 + [True] * 2
+    total = math.log(math.exp(5) + 2 + math.exp(-5))  # of what was passed in
+    assert sampled[0].logprob == pytest.approx(logits[sampled[0].token_id] - total, abs=1e-6)
+
+
+def test_an_answer_that_can_only_end_does() -> None:
+    sampler = Sampler(Sampling(), 3, [], min_tokens=9, eos=[1])
+    assert sampler.sample(row([-np.inf, 2.0, -np.inf])).token_id == 1
+
+
+def test_min_tokens_without_eos_changes_nothing() -> None:
+    assert Sampler(Sampling(), 2, [], min_tokens=9).sample(row([0.0, 1.0])).token_id == 1
+
+
+def test_a_fork_has_the_history_and_numbers_of_its_own() -> None:
+    settings_of = {"temperature": 1.0, "frequency_penalty": 0.7, "repetition_penalty": 1.3}
+    logits = np.random.default_rng(3).standard_normal((40, 200)).astype(np.float32)
+    sampler = Sampler(Sampling(seed=7, **settings_of), 200, [4, 5])
+    twins = [sampler.fork(index) for index in (0, 1)]
+    chosen = [[each.sample(values).token_id for values in logits] for each in (*twins, sampler)]
+    same, other, own = chosen
+    assert own == same != other
+    fresh = Sampler(Sampling(seed=8, **settings_of), 200, [4, 5])
+    assert [fresh.sample(values).token_id for values in logits] == other
+
+
+def test_a_fork_in_the_middle_keeps_what_was_chosen_and_goes_its_own_way() -> None:
+    logits = row([2.0, 1.0, 0.0])
+    sampler = Sampler(Sampling(presence_penalty=1.5), 3, [], min_tokens=2, eos=[2])
+    assert sampler.sample(logits).token_id == 0
+    twin = sampler.fork(1)
+    assert [twin.sample(row([0.0, 1.0, 9.0])).token_id for _ in range(2)] == [1, 2]
+    assert [sampler.sample(logits).token_id for _ in range(2)] == [1, 0]
+
+
+def test_forks_without_a_seed_differ() -> None:
+    sampler = Sampler(Sampling(temperature=5.0), 1000, [])
+    twins = [sampler.fork(index) for index in (0, 1)]
+    logits = np.zeros(1000, dtype=np.float32)
+    assert len({tuple(each.sample(logits).token_id for _ in range(9)) for each in (sampler, *twins)}) == 3
+
+
+def test_each_sampled_token_takes_one_number() -> None:
+    """Whatever was chosen before, the n-th token has the n-th number."""
+    logits = row([0.0] * 100)
+    uniforms = np.random.Generator(np.random.PCG64(2026)).random(5)
+    sampler = Sampler(Sampling(temperature=1.0, top_k=100, seed=2026), 100, [])
+    sampler.sample(row([9e9] + [0.0] * 99))
+    assert [sampler.sample(logits).token_id for _ in range(4)] == [int(100 * each) for each in uniforms[1:]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_logprobs": 21}, "top_logprobs is 21, expected an integer from 0 to 20"),
+        ({"top_logprobs": -1}, "top_logprobs is -1"),
+        ({"top_logprobs": True}, "top_logprobs is True"),
+        ({"top_logprobs": 1.0}, "top_logprobs is 1.0"),
+        ({"min_tokens": -1}, "min_tokens is -1, expected an integer, 0 or above"),
+        ({"min_tokens": None}, "min_tokens is None"),
+        ({"eos": [3, 10]}, "eos names token 10, but the vocabulary ends at 9"),
+        ({"eos": ["a"]}, "a token id of eos is 'a'"),
+    ],
+)
+def test_refuses_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSettingError, match=message):
+        Sampler(Sampling(), 10, [], **options)
+
+
+@pytest.mark.parametrize("index", [-1, 1.0, None])
+def test_refuses_to_fork_for_no_index(index: Any) -> None:
+    with pytest.raises(InvalidSettingError, match="index is"):
+        Sampler(Sampling(), 10, []).fork(index)
+
+
 def test_greedy_takes_the_first_of_the_largest() -> None:
-    token, logprob = Sampler(Sampling(), 4, []).sample(row([0, 3, 3, -np.inf]))
-    assert token == 1
-    assert logprob == pytest.approx(-math.log(2 + math.exp(-3)), abs=1e-6)
+    sampled = Sampler(Sampling(), 4, [], top_logprobs=0).sample(row([0, 3, 3, -np.inf]))
+    assert sampled.token_id == 1
+    assert sampled.logprob == pytest.approx(-math.log(2 + math.exp(-3)), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e39, 1e308])
+def test_the_largest_temperatures_are_uniform_over_what_may_come(temperature: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature, seed=0), 3, [])
+    assert {sampler.sample(row([-np.inf, 1e30, -1e30])).token_id for _ in range(40)} == {1, 2}
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.9999}, {"min_p": 1e-6}])
@@ -250,11 +252,6 @@ def test_bias_can_force_and_forbid(temperature: float) -> None:
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     sampler = Sampler(Sampling(temperature=temperature, seed=0), 4, [])
     assert sampler.sample(row([-3e38, 1.0, 1.25, 3e38]))[0] == 3
-
-
-def test_a_huge_temperature_is_uniform() -> None:
-    weights = softmax_weights(row([-50.0, 0.0, 50.0]), 1e9)
-    np.testing.assert_allclose(weights, 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9)])

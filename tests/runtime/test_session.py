@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 
 from helpers.tiny import VOCABULARY, random_ids, run
 from pocketlm.errors import BundleError, ContextOverflowError
+from pocketlm.kv_cache import KVSlots
 from pocketlm.manifest import read_manifest
 from pocketlm.session import Session, open_graph
 
@@ -87,7 +90,8 @@ def test_a_truncated_cache_goes_on_from_there(int8: Session) -> None:
 def test_a_fork_goes_its_own_way(int8: Session) -> None:
     cache = int8.new_cache(60)
     int8.forward(IDS[:40], cache)
-    fork = cache.fork(30)
+    fork = int8.new_cache(60)
+    fork.copy_from(cache, 30)
     other = [*IDS[:30], *IDS[100:120]]
     assert (int8.forward(other[30:], fork)[0] == run(int8, other)[-1]).all()
     assert (int8.forward(IDS[40:60], cache)[0] == run(int8, IDS[:60])[-1]).all()
@@ -118,6 +122,94 @@ def test_overflow_says_both_numbers_and_computes_nothing(int8: Session) -> None:
     assert (caught.value.prompt_tokens, caught.value.context_length) == (1001, 1000)
     assert cache.ids == IDS[:40]
     assert (int8.forward(IDS[40:50], cache)[0] == run(int8, IDS[:50])[-1]).all()
+
+
+def slots_of(session: Session, prompts: Sequence[Sequence[int]], capacity: int = 200) -> KVSlots:
+    slots = KVSlots(session.dimensions, capacity, len(prompts))
+    for cache, prompt in zip(slots.caches, prompts, strict=True):
+        if prompt:
+            session.forward(prompt, cache)
+    return slots
+
+
+PROMPTS = [random_ids(count, seed=count) for count in (40, 3, 77, 12)]
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2, 3], [1, 2], [0, 3], [3, 1, 0], [2]], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_int8_together_is_bit_by_bit_what_each_is_alone(
+    int8: Session, int8_bundle: Path, places: list[int], threads: int
+) -> None:
+    session = int8 if threads == 1 else open_session(int8_bundle, threads=threads)
+    slots = slots_of(session, PROMPTS)
+    alone = [session.new_cache(200) for _ in PROMPTS]
+    for cache, prompt in zip(alone, PROMPTS, strict=True):
+        session.forward(prompt, cache)
+    newest = dict.fromkeys(places, 7)
+    for _ in range(12):
+        logits = session.forward_each({slots.caches[place]: newest[place] for place in places})
+        assert logits.shape == (len(places), VOCABULARY)
+        for row, place in zip(logits, places, strict=True):
+            expected = session.forward([newest[place]], alone[place])[0]
+            assert (row == expected).all()
+            newest[place] = int(expected.argmax())
+    for place, cache in enumerate(slots.caches):
+        assert cache.ids == alone[place].ids
+        held = (..., slice(len(cache)), slice(None))
+        assert (cache.buffer[held] == alone[place].buffer[held]).all()
+
+
+def test_fp32_together_is_what_each_is_alone(fp32: Session) -> None:
+    slots = slots_of(fp32, PROMPTS)
+    logits = fp32.forward_each(dict.fromkeys(slots.caches, 9))
+    for row, prompt in zip(logits, PROMPTS, strict=True):
+        np.testing.assert_allclose(row, run(fp32, [*prompt, 9])[-1], atol=1e-4)
+
+
+def test_together_after_growing_and_moving(int8: Session) -> None:
+    slots = slots_of(int8, PROMPTS)
+    first, second, third, fourth = slots.caches
+    expected = {
+        c: int8.forward([*p, 9], int8.new_cache(200)) for c, p in zip(slots.caches, PROMPTS, strict=True)
+    }
+    for cache, prompt in zip(slots.caches, PROMPTS, strict=True):
+        cache.truncate(len(prompt) - 1)  # the last one again, so that two rows are computed
+    int8.forward_each({first: 1, fourth: 1})
+    for cache in (first, fourth):
+        cache.truncate(len(cache) - 1)
+    slots.grow(7)
+    slots.move(fourth, second)
+    for cache, prompt in ((first, PROMPTS[0]), (third, PROMPTS[2]), (fourth, PROMPTS[3])):
+        assert (int8.forward([prompt[-1], 9], cache) == expected[cache]).all()
+
+
+def test_a_full_slot_between_others_takes_part(int8: Session) -> None:
+    ids = [random_ids(9), random_ids(10, seed=3), random_ids(8)]
+    slots = slots_of(int8, ids, capacity=10)
+    one, full, other = slots.caches
+    logits = int8.forward_each({one: 4, other: 5}).copy()
+    assert (len(one), len(full), len(other)) == (10, 9, 9)
+    assert full.ids == ids[1][:9]
+    for row, prompt, token_id in ((logits[0], ids[0], 4), (logits[1], ids[2], 5)):
+        cache = int8.new_cache(10)
+        int8.forward(prompt, cache)
+        assert (row == int8.forward([token_id], cache)[0]).all()
+    with pytest.raises(ContextOverflowError, match=r"11 tokens.* holds 10"):
+        int8.forward_each({one: 4, other: 5})
+    assert (len(one), len(other)) == (10, 9)
+
+
+def test_bindings_of_slots_that_are_gone_are_freed(int8: Session) -> None:
+    slots = slots_of(int8, PROMPTS)
+    int8.forward_each(dict.fromkeys(slots.caches, 9))
+    before = weakref.ref(slots.buffer)
+    slots.grow(6)
+    int8.forward([5], slots.caches[0])
+    assert before() is None
+    now = weakref.ref(slots.buffer)
+    del slots
+    gc.collect()  # slots and caches know each other
+    assert now() is None
 
 
 def test_threads_with_a_cache_each(int8: Session) -> None:

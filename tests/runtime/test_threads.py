@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -10,7 +11,13 @@ import pytest
 
 from pocketlm import threads
 from pocketlm.errors import InvalidSettingError
-from pocketlm.threads import physical_cores, thread_count
+from pocketlm.threads import (
+    hardware_threads,
+    physical_cores,
+    processor_name,
+    thread_count,
+    wanted_threads,
+)
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="affinity and /sys are Linux's")
 
@@ -34,6 +41,13 @@ def test_the_physical_cores_by_default(text: str | None, monkeypatch: pytest.Mon
     assert thread_count() == 17
 
 
+def test_what_nobody_asks_for_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wanted_threads() is None
+    monkeypatch.setenv("POCKETLM_THREADS", "3")
+    assert wanted_threads() == 3
+    assert wanted_threads(5) == 5
+
+
 @pytest.mark.parametrize("count", [0, -1, 1025])
 def test_counts_out_of_range(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     message = f"number of threads is {count}; between 1 and 1024"
@@ -52,7 +66,7 @@ def test_a_variable_that_is_no_number(text: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_at_least_one_core_and_no_more_than_there_are() -> None:
-    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+    assert 1 <= physical_cores() <= hardware_threads() <= (os.cpu_count() or 1)
 
 
 @linux_only
@@ -75,10 +89,37 @@ class TestLinux:
         assert physical_cores() == cores
 
     @pytest.mark.usefixtures("machine")
+    @pytest.mark.parametrize(("quota", "count"), [(None, 8), (0.2, 1), (5.0, 5), (64.0, 8)])
+    def test_hardware_threads(self, quota: float | None, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(threads, "_container_quota", lambda: quota)
+        assert hardware_threads() == count
+
+    @pytest.mark.usefixtures("machine")
     @pytest.mark.parametrize(("quota", "cores"), [(0.2, 1), (1.0, 1), (1.9, 2), (2.2, 2), (64.0, 4)])
     def test_container_quota(self, quota: float, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threads, "_container_quota", lambda: quota)
         assert physical_cores() == cores
+
+    @pytest.mark.parametrize(
+        ("files", "name"),
+        [
+            ({"proc/cpuinfo": "processor\t: 0\nmodel name\t: AMD EPYC: 9B14\n"}, "AMD EPYC: 9B14"),
+            (
+                {"proc/cpuinfo": "BogoMIPS : 1\n", "proc/device-tree/model": "Raspberry Pi 5\0"},
+                "Raspberry Pi 5",
+            ),
+            ({"proc/cpuinfo": "model name :\n"}, "riscv64"),
+            ({}, "riscv64"),
+        ],
+    )
+    def test_the_processors_name(
+        self, files: dict[str, str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+        for path, text in files.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text)
+        assert processor_name(tmp_path) == name
 
     def test_cores_without_topology_are_their_own(self) -> None:
         assert threads._siblings(10**9) == "1000000000"
@@ -119,3 +160,23 @@ def test_elsewhere_two_hardware_threads_make_a_core(
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "cpu_count", lambda: count)
     assert physical_cores() == cores
+    assert hardware_threads() == (count or 1)
+
+
+@pytest.mark.parametrize(
+    ("system", "brand", "processor", "name"),
+    [
+        ("darwin", "Apple M4", "arm", "Apple M4"),
+        ("darwin", None, "arm", "arm"),
+        ("win32", None, "Intel64 Family 6", "Intel64 Family 6"),
+        ("win32", None, "", "AMD64"),
+    ],
+)
+def test_the_processors_name_elsewhere(
+    system: str, brand: str | None, processor: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(threads, "_sysctl_text", lambda name: brand)
+    monkeypatch.setattr(platform, "processor", lambda: processor)
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    assert processor_name() == name

@@ -23,9 +23,9 @@ from pocketlm_exporters.architectures.config_values import check_heads, number, 
 from pocketlm_exporters.architectures.rope import inverse_frequencies
 from pocketlm_exporters.checkpoint.types import Checkpoint
 from pocketlm_exporters.decoder import Array, DecoderConfig, DecoderWeights, LayerAttention, Linear
-from pocketlm_exporters.graph.attention import Apart, attention, read_step
+from pocketlm_exporters.graph.attention import Apart, attention, in_sequences, read_step
 from pocketlm_exporters.graph.builder import GraphBuilder
-from pocketlm_exporters.graph.embedding import EmbeddingEmitter
+from pocketlm_exporters.graph.embedding import EmbeddingEmitter, flat
 from pocketlm_exporters.graph.head import output_logits, select_rows
 from pocketlm_exporters.graph.linear import LinearEmitter
 from pocketlm_exporters.graph.mlp import geglu
@@ -45,7 +45,8 @@ _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 def read(checkpoint: Checkpoint) -> DecoderWeights:
     """The sizes and the weights, linears that share an input packed into one.
 
-    Embeddings are scaled by √hidden here, not in the graph; a tied head's norm takes that back. Raises
+    Embeddings are scaled by √hidden here, not in the graph; a tied head's norm takes that back. The scale of
+    attention is in the norms of queries. Raises
     UnsupportedModelError for a variant that the graph does not compute and CheckpointError for tensors that
     are missing or of another shape than the config says.
     """
@@ -57,6 +58,7 @@ def read(checkpoint: Checkpoint) -> DecoderWeights:
         return stored + np.float32(1)  # the checkpoint has what is to be added to one
 
     scale = np.float32(math.sqrt(config.hidden))
+    attention_scale = np.float32(number(checkpoint.config, "query_pre_attn_scalar", 256) ** -0.5)
     linears: dict[str, Linear] = {}
     norms = {"final_norm": norm("model.norm", config.hidden)}
     for n in range(config.layers):
@@ -65,6 +67,7 @@ def read(checkpoint: Checkpoint) -> DecoderWeights:
         norms |= {
             f"{layer}.{path}": norm(f"{block}.{name}", config.head_dim) for path, name in _HEAD_NORMS.items()
         }
+        norms[f"{layer}.query_norm"] *= attention_scale
         linears |= layer_linears(tensors, config, n)
     if is_tied(checkpoint):
         norms["final_norm"] /= scale
@@ -93,18 +96,19 @@ def decoder(
     def add_norm(x: ir.Value, residual: ir.Value, path: str) -> tuple[ir.Value, ir.Value]:
         return add_rms_norm(g, x, residual, norms[path], config.norm_epsilon, path)
 
-    step = read_step(g, ids, past_lengths)
+    step = read_step(g, ids, past_lengths, config)
     rotary = _rotary(g, ids, past_lengths, config)
-    residual = embedding(g, ids)
+    residual = embedding(g, flat(g, ids))
     normed = norm(residual, "layers.0.attention_norm")
     for n in range(config.layers):
         layer = f"layers.{n}"
         qkv = linears[f"{layer}.qkv"](g, normed, f"{layer}.qkv")
+        qkv = in_sequences(g, qkv, step, f"{layer}.sequences")
         heads = _heads(g, qkv, weights, rotary[config.attention[n].inverse_frequencies], layer)
         attended = attention(g, heads, n, config, io, step)
         if n == config.layers - 1:  # from here on only the rows that get logits matter
-            attended = select_rows(g, attended, rows, config.heads * config.head_dim, "last.attended")
-            residual = select_rows(g, residual, rows, config.hidden, "last.residual")
+            attended = select_rows(g, attended, rows, "last.attended")
+            residual = select_rows(g, residual, rows, "last.residual")
         output = linears[f"{layer}.output"](g, attended, f"{layer}.output")
         output = norm(output, f"{layer}.attention_post_norm")
         normed, residual = add_norm(output, residual, f"{layer}.mlp_norm")
@@ -214,11 +218,10 @@ def _attention(
     if isinstance(parameters, Mapping) and _GLOBAL in parameters:  # as transformers 5 has it
         rope = {kind: {"rope_parameters": parameters.get(kind)} for kind in rope}
     window = positive(config, "sliding_window", 4096) if _LOCAL in types else context_length
-    scale = number(config, "query_pre_attn_scalar", 256) ** -0.5
     kinds = {
-        _GLOBAL: LayerAttention(inverse_frequencies(rope[_GLOBAL], head_dim), None, scale),
+        _GLOBAL: LayerAttention(inverse_frequencies(rope[_GLOBAL], head_dim), None),
         _LOCAL: LayerAttention(
-            inverse_frequencies(rope[_LOCAL], head_dim), window if window < context_length else None, scale
+            inverse_frequencies(rope[_LOCAL], head_dim), window if window < context_length else None
         ),
     }
     return tuple(kinds[each] for each in types)

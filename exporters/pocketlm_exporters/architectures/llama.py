@@ -6,8 +6,10 @@ Two exports, as every architecture has them: `read` (what the checkpoint holds) 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from pocketlm.errors import UnsupportedModelError
@@ -17,9 +19,9 @@ from pocketlm_exporters.architectures.config_values import check_heads, number, 
 from pocketlm_exporters.architectures.rope import inverse_frequencies
 from pocketlm_exporters.checkpoint.types import Checkpoint
 from pocketlm_exporters.decoder import Array, DecoderConfig, DecoderWeights, LayerAttention, Linear
-from pocketlm_exporters.graph.attention import Packed, attention, read_step
+from pocketlm_exporters.graph.attention import Packed, attention, in_sequences, read_step
 from pocketlm_exporters.graph.builder import GraphBuilder
-from pocketlm_exporters.graph.embedding import EmbeddingEmitter
+from pocketlm_exporters.graph.embedding import EmbeddingEmitter, flat
 from pocketlm_exporters.graph.head import output_logits, select_rows
 from pocketlm_exporters.graph.linear import LinearEmitter
 from pocketlm_exporters.graph.mlp import swiglu
@@ -44,6 +46,7 @@ def read(checkpoint: Checkpoint) -> DecoderWeights:
         for path, name in _NORMS.items():
             norms[f"{layer}.{path}"] = tensors.read(f"{block}.{name}.weight", (config.hidden,))
         linears |= layer_linears(tensors, config, n)
+        linears[f"{layer}.qkv"] = _scaled_queries(linears[f"{layer}.qkv"], config)
     if not is_tied(checkpoint):
         linears["head"] = tensors.packed({"lm_head": config.vocabulary}, config.hidden)
     table = tensors.packed({"model.embed_tokens": config.vocabulary}, config.hidden)
@@ -69,17 +72,18 @@ def decoder(
     def add_norm(x: ir.Value, residual: ir.Value, path: str) -> tuple[ir.Value, ir.Value]:
         return add_rms_norm(g, x, residual, norms[path], config.norm_epsilon, path)
 
-    step = read_step(g, ids, past_lengths)
+    step = read_step(g, ids, past_lengths, config)
     tables = rotary_tables(g, config.attention[0].inverse_frequencies, config.context_length)
-    residual = embedding(g, ids)
+    residual = embedding(g, flat(g, ids))
     normed = norm(residual, "layers.0.attention_norm")
     for n in range(config.layers):
         layer = f"layers.{n}"
         qkv = linears[f"{layer}.qkv"](g, normed, f"{layer}.qkv")
-        attended = attention(g, Packed(qkv, tables), n, config, io, step)
+        heads = Packed(in_sequences(g, qkv, step, f"{layer}.heads"), tables)
+        attended = attention(g, heads, n, config, io, step)
         if n == config.layers - 1:  # from here on only the rows that get logits matter
-            attended = select_rows(g, attended, rows, config.heads * config.head_dim, "last.attended")
-            residual = select_rows(g, residual, rows, config.hidden, "last.residual")
+            attended = select_rows(g, attended, rows, "last.attended")
+            residual = select_rows(g, residual, rows, "last.residual")
         output = linears[f"{layer}.output"](g, attended, f"{layer}.output")
         normed, residual = add_norm(output, residual, f"{layer}.mlp_norm")
         gate_up = linears[f"{layer}.gate_up"](g, normed, f"{layer}.gate_up")
@@ -89,6 +93,17 @@ def decoder(
         normed, residual = add_norm(down, residual, following)
     output_logits(g, normed, linears["head"], config, io)
     return g
+
+
+def _scaled_queries(qkv: Linear, config: DecoderConfig) -> Linear:
+    """With attention's 1 / √head_dim in the rows that make queries."""
+    rows = np.ones(qkv.outputs, np.float32)
+    rows[: config.heads * config.head_dim] = config.head_dim**-0.5
+    return replace(
+        qkv,
+        weight=lambda: qkv.weight() * rows[:, None],
+        bias=None if qkv.bias is None else qkv.bias * rows,
+    )
 
 
 def _read_config(config: Mapping[str, Any]) -> DecoderConfig:

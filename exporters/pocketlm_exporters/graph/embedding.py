@@ -1,4 +1,4 @@
-"""From token ids to rows of float32, in the two ways in which a table can be stored."""
+"""From token ids (tokens) to rows of float32 (tokens, hidden), in the ways in which a table can be stored."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ TABLE = "embedding.weight"
 
 class EmbeddingEmitter(Protocol):
     def __call__(self, g: GraphBuilder, ids: ir.Value) -> ir.Value: ...
+
+
+def flat(g: GraphBuilder, ids: ir.Value) -> ir.Value:
+    """(batch, tokens) → (batch × tokens): but for attention, a token is a row whatever sequence it is of."""
+    return g.op("Reshape", ids, g.constant("one_axis", np.array([-1], np.int64)), name="ids.flat")
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,13 @@ class TiedBlockEmbedding:
             gather_axis=0,
             quantize_axis=2,
         )
-        rows = g.constant("embedding.rows", np.array([0, 0, -1], np.int64))
+        rows = g.constant("embedding.rows", np.array([0, -1], np.int64))
         padded = g.op("Reshape", blocks, rows, name="embedding.padded")
         if self.hidden % BLOCK == 0:
             return padded
         zero, end, axis = (
             g.constant(f"embedding.{name}", np.array([n], np.int64))
-            for name, n in (("begin", 0), ("end", self.hidden), ("axis", 2))
+            for name, n in (("begin", 0), ("end", self.hidden), ("axis", 1))
         )
         return g.op("Slice", padded, zero, end, axis, name="embedding")
 

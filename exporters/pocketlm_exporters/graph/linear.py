@@ -1,7 +1,7 @@
 """The linear layers that a decoder can be built from: a precision is a choice of these.
 
-Each takes the builder, an input (…, inputs) in float32 and its path in the graph, and returns the
-output (…, outputs) in float32. The integer ones compute a row from that row alone, so a result does
+Each takes the builder, an input (rows, inputs) in float32 and its path in the graph, and returns the
+output (rows, outputs) in float32. The integer ones compute a row from that row alone, so a result does
 not depend on what else is in the batch.
 """
 
@@ -50,7 +50,7 @@ class TappedLinear:
 
     def __call__(self, g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
         name = tap_name(path)
-        g.output(g.op("Identity", x, name=name), name, ir.DataType.FLOAT, (None, None, self.inputs))
+        g.output(g.op("Identity", x, name=name), name, ir.DataType.FLOAT, (None, self.inputs))
         return self.inner(g, x, path)
 
 
@@ -162,19 +162,24 @@ def _integer_product(
     bias: Array | None,
     path: str,
 ) -> ir.Value:
-    zero = g.constant("zero_point", ZERO_POINT)
-    return g.op(
-        "MatMulIntegerToFloat",
+    """QGemm, and not MatMulIntegerToFloat, which copies the scales of all columns at each call."""
+    values, outputs = weight.values, len(weight.scales)
+    if values.dtype == np.uint8:
+        zeros = g.constant(f"zero_points.{outputs}", np.full(outputs, ZERO_POINT))
+    else:  # not shared: where ONNX Runtime makes weights unsigned, it replaces each node's zero points too
+        zeros = g.constant(f"{path}.zero_points", np.zeros(outputs, np.int8))
+    product = g.op(
+        "QGemm",
         quantized,
-        g.constant(f"{path}.weight", weight.values),
         g.constant(f"{path}.range", scale),
+        g.constant("zero_point", ZERO_POINT),
+        g.constant(f"{path}.weight", values),
         g.constant(f"{path}.scales", weight.scales),
-        zero,
-        zero if weight.values.dtype == np.uint8 else None,
-        *(() if bias is None else (g.constant(f"{path}.bias", bias),)),
+        zeros,
         name=path,
         domain=MICROSOFT,
     )
+    return _add_bias(g, product, bias, path)
 
 
 def _add_bias(g: GraphBuilder, y: ir.Value, bias: Array | None, path: str) -> ir.Value:

@@ -65,7 +65,8 @@ def fit_grid(weight: NDArray[np.float32], importance: NDArray[np.float32]) -> Gr
     for shrink in _SHRINKS:
         scale = np.where(flat, 1, width * np.float32(shrink / TOP)).astype(np.float32)
         exact = np.where(flat, 0, -low * np.float32(shrink) / scale)
-        for zero_point in (np.floor(exact), np.ceil(exact)):
+        # Rounding may take a block without positive weights just beyond the last code.
+        for zero_point in (np.floor(exact), np.minimum(np.ceil(exact), TOP)):
             codes = _nearest(blocks, scale[..., None], zero_point[..., None])
             errors = blocks - (codes - zero_point[..., None]) * scale[..., None]
             loss = (np.square(errors) * weighting).sum(axis=-1)

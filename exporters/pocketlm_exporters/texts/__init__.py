@@ -1,4 +1,7 @@
-"""The texts that exports are calibrated and verified on; README.md beside them tells where they come from."""
+"""The texts that exports are calibrated and verified on, and the prompts that tables of n-grams come from.
+
+README.md beside them tells where they are from.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pocketlm.tokenizer import Tokenizer
 
 CALIBRATION = "calibration.txt"
 VERIFICATION = "verification.txt"
+PROMPTS = "prompts.txt"  # one a line
 
 
 def windows(name: str, tokenizer: Tokenizer, size: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from typing import IO, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pocketlm.cli import chat, console, models, run
+from pocketlm.cli import chat, console, models, run, tune
 from pocketlm.errors import MissingExtraError, PocketlmError
 
 COMMANDS = "pocketlm.commands"
@@ -59,7 +59,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_global_options)
-    for command in (run.run, chat.chat, models.pull, models.list_, models.show, models.rm):
+    for command in (run.run, chat.chat, models.pull, models.list_, models.show, models.rm, tune.tune):
         app.command(name=command.__name__.rstrip("_"))(command)
     for point in sorted(entry_points(group=COMMANDS), key=lambda point: point.name):
         _plug_in(app, point)

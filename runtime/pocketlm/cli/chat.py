@@ -51,6 +51,10 @@ def chat(
     precision: options.PrecisionName = None,
     context_length: options.ContextLength = None,
     threads: options.Threads = None,
+    power: options.Power = None,
+    draft: options.DraftModel = None,
+    no_speculation: options.NoSpeculation = False,
+    reproducible: options.Reproducible = False,
 ) -> None:
     """Talk with a model.
 
@@ -65,9 +69,18 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        speculate=False if no_speculation else None,
     )
 
-    with load(model, precision=precision, context_length=context_length, threads=threads) as loaded:
+    with load(
+        model,
+        precision=precision,
+        context_length=context_length,
+        threads=threads,
+        power=power,
+        draft=draft,
+        reproducible=reproducible,
+    ) as loaded:
         lines = LineInput(None if no_history else history_path(), tuple(COMMANDS))
         Conversation(
             model=loaded,

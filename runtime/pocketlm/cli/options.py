@@ -9,6 +9,7 @@ import typer
 from pocketlm.cli import console
 from pocketlm.errors import did_you_mean
 from pocketlm.manifest import Precision
+from pocketlm.power import PowerMode
 
 if TYPE_CHECKING:
     from pocketlm import Settings
@@ -19,6 +20,15 @@ def _check_precision(value: str | None) -> str | None:
     if value is not None and value not in known:
         raise typer.BadParameter(
             f"{value!r} is not a precision; use {' or '.join(known)}.{did_you_mean(value, known)}"
+        )
+    return value
+
+
+def _check_power(value: str | None) -> str | None:
+    known = get_args(PowerMode)
+    if value is not None and value not in known:
+        raise typer.BadParameter(
+            f"{value!r} is not a power mode; use {', '.join(known)}.{did_you_mean(value, known)}"
         )
     return value
 
@@ -149,6 +159,36 @@ Threads = Annotated[
         min=1,
         help="CPU threads (default: physical cores, or POCKETLM_THREADS).",
         show_default=False,
+    ),
+]
+
+
+Power = Annotated[
+    str | None,
+    typer.Option(
+        "--power",
+        metavar="MODE",
+        callback=_check_power,
+        help="eco, balanced (the default) or fast: how many threads, and whether they spin.",
+        show_default=False,
+    ),
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="MODEL",
+        help="A smaller model with the same tokenizer, to draft what MODEL then verifies.",
+        show_default=False,
+    ),
+]
+NoSpeculation = Annotated[
+    bool, typer.Option("--no-speculation", help="Compute one token at a time, without drafts.")
+]
+Reproducible = Annotated[
+    bool,
+    typer.Option(
+        "--reproducible", help="The same seed gives the same text with and without speculation; slower."
     ),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,9 +49,37 @@ def run(
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            "--json-schema",
+            metavar="SCHEMA",
+            help="Answer with JSON that this schema allows: the schema itself, or @FILE.",
+            show_default=False,
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(
+            "--regex", metavar="PATTERN", help="Answer with text that matches this.", show_default=False
+        ),
+    ] = None,
+    grammar: Annotated[
+        str | None,
+        typer.Option(
+            "--grammar",
+            metavar="LARK",
+            help="Answer by this Lark grammar: the grammar itself, or @FILE.",
+            show_default=False,
+        ),
+    ] = None,
     precision: options.PrecisionName = None,
     context_length: options.ContextLength = None,
     threads: options.Threads = None,
+    power: options.Power = None,
+    draft: options.DraftModel = None,
+    no_speculation: options.NoSpeculation = False,
+    reproducible: options.Reproducible = False,
 ) -> None:
     """Answer one prompt.
 
@@ -68,9 +97,21 @@ def run(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        speculate=False if no_speculation else None,
+        json_schema=_inline_or_file(json_schema),
+        regex=regex,
+        grammar=_inline_or_file(grammar),
     )
 
-    with load(model, precision=precision, context_length=context_length, threads=threads) as loaded:
+    with load(
+        model,
+        precision=precision,
+        context_length=context_length,
+        threads=threads,
+        power=power,
+        draft=draft,
+        reproducible=reproducible,
+    ) as loaded:
         window = begin_energy() if as_json else None
         stream = loaded.stream(text, system=system, raw=raw, **settings)
         with closing(stream):
@@ -83,13 +124,25 @@ def run(
             console.note(summary(completion, loaded.load_s))
 
 
-def load(name: str, *, precision: str | None, context_length: int | None, threads: int | None) -> Model:
-    """The model, with progress shown while it is fetched and converted."""
+def _inline_or_file(text: str | None) -> str | None:
+    """The content of FILE for @FILE. Raises a usage error if it cannot be read."""
+    if text is None or not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{text[1:]} cannot be read: {error}.") from None
+
+
+def load(name: str, **given: Any) -> Model:
+    """The model, with progress shown while it is fetched and converted. What is None is left to `load`."""
     import pocketlm
 
     with console.progress() as progress:
         return pocketlm.load(
-            name, precision=precision, context_length=context_length, threads=threads, progress=progress
+            name,
+            **{option: value for option, value in given.items() if value is not None},
+            progress=progress,
         )
 
 
@@ -204,6 +257,8 @@ def summary(completion: Completion, load_s: float | None = None) -> str:
         f"first token after {timings.ttft_s:.2f} s",
         f"total {timings.total_s:.2f} s",
     ]
+    if timings.drafted_tokens:
+        parts.insert(2, f"drafts {timings.accepted_tokens:,} of {timings.drafted_tokens:,} right")
     if load_s is not None:
         parts.append(f"load {load_s:.2f} s")
     return " · ".join(parts)
