@@ -128,6 +128,7 @@ def test_public_names() -> None:
     assert sorted(pocketlm.__all__) == [
         "Chat",
         "Completion",
+        "Grammar",
         "Message",
         "Model",
         "Piece",
@@ -137,6 +138,7 @@ def test_public_names() -> None:
         "Settings",
         "Stream",
         "Timings",
+        "ToolCall",
         "Usage",
         "load",
     ]

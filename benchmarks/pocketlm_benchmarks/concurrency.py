@@ -36,6 +36,7 @@ Rates = dict[str, dict[int, list[float]]]
 def main(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
     against: Annotated[str, typer.Option(help="Peers, as of `pocketlm bench`.")] = "",
+    peer_python: Annotated[str | None, typer.Option(help="The interpreter that has the peers.")] = None,
     at_once: Annotated[str, typer.Option(help="Numbers of answers.")] = "1,2,4,8",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     new_tokens: Annotated[int, typer.Option(min=2, help="For each answer.")] = 128,
@@ -44,14 +45,22 @@ def main(
     """Compare the throughput of several answers at once with that of one."""
     numbers = [int(number) for number in at_once.split(",")]
     try:
-        typer.echo(table(measure(bundle, against, numbers, rounds, new_tokens, thread_count(threads))))
+        typer.echo(
+            table(measure(bundle, against, peer_python, numbers, rounds, new_tokens, thread_count(threads)))
+        )
     except PocketlmError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)
 
 
 def measure(
-    folder: Path, against: str, numbers: list[int], rounds: int, new_tokens: int, threads: int
+    folder: Path,
+    against: str,
+    peer_python: str | None,
+    numbers: list[int],
+    rounds: int,
+    new_tokens: int,
+    threads: int,
 ) -> Rates:
     bundle = open_bundle(folder)
     tokenizer = Tokenizer(bundle.tokenizer_json, bundle.chat_template, bundle.manifest.tokens)
@@ -64,7 +73,11 @@ def measure(
     rates: Rates = {kind: defaultdict(list) for kind in weights}
     with ExitStack() as stack:
         engines = {
-            kind: stack.enter_context(EngineProcess(EngineSpec(kind, path, threads, CONTEXT_LENGTH)))
+            kind: stack.enter_context(
+                EngineProcess(
+                    EngineSpec(kind, path, threads, CONTEXT_LENGTH, None if kind == OURS else peer_python)
+                )
+            )
             for kind, path in weights.items()
         }
         for engine in engines.values():

@@ -61,19 +61,22 @@ class Measured:
 def main(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
     against: Annotated[str, typer.Option(help="Peers, as of `pocketlm bench`.")] = "",
+    peer_python: Annotated[str | None, typer.Option(help="The interpreter that has the peers.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     new_tokens: Annotated[int, typer.Option(min=2, help="At most, for each answer.")] = 128,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the physical cores.")] = None,
 ) -> None:
     """Compare answers with speculation to those without, and to a peer's."""
     try:
-        typer.echo(report(bundle, against, rounds, new_tokens, thread_count(threads)))
+        typer.echo(report(bundle, against, peer_python, rounds, new_tokens, thread_count(threads)))
     except PocketlmError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)
 
 
-def report(folder: Path, against: str, rounds: int, new_tokens: int, threads: int) -> str:
+def report(
+    folder: Path, against: str, peer_python: str | None, rounds: int, new_tokens: int, threads: int
+) -> str:
     """The table as text."""
     with ExitStack() as stack:
         model = stack.enter_context(
@@ -81,7 +84,7 @@ def report(folder: Path, against: str, rounds: int, new_tokens: int, threads: in
         )
         peers = {
             peer.kind: stack.enter_context(
-                EngineProcess(EngineSpec(peer.kind, peer.weights, threads, CONTEXT_LENGTH))
+                EngineProcess(EngineSpec(peer.kind, peer.weights, threads, CONTEXT_LENGTH, peer_python))
             )
             for peer in (parse_against(against) if against else [])
         }

@@ -91,7 +91,10 @@ def _answers(model: Model, tokens: int, progress: Progress) -> Iterator[list[int
 
 def _answer(model: Model, prompt: str, temperature: float, seed: int) -> list[int]:
     ids = model.encode(prompt)
-    completion = model.generate(ids, max_tokens=ANSWER_TOKENS, temperature=temperature, seed=seed)
+    # Without drafts an answer is the same to the last bit, whatever is under way beside it.
+    completion = model.generate(
+        ids, max_tokens=ANSWER_TOKENS, temperature=temperature, seed=seed, speculate=False
+    )
     return [*ids[-LONGEST_CONTEXT:], *completion.token_ids]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pocketlm.chat import Chat
+    from pocketlm.constraint import Grammar
     from pocketlm.engine import Model, load
     from pocketlm.errors import PocketlmError
     from pocketlm.generate import Completion, Piece, Stream, Timings, Usage
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from pocketlm.scheduler import QueueFullError
     from pocketlm.settings import Settings
     from pocketlm.tokenizer import Message
+    from pocketlm.tools import ToolCall
 
 __all__ = [
     "Chat",
     "Completion",
+    "Grammar",
     "Message",
     "Model",
     "Piece",
@@ -32,12 +35,14 @@ __all__ = [
     "Settings",
     "Stream",
     "Timings",
+    "ToolCall",
     "Usage",
     "load",
 ]
 
 _HOMES = {
     "chat": ("Chat",),
+    "constraint": ("Grammar",),
     "engine": ("Model", "load"),
     "errors": ("PocketlmError",),
     "generate": ("Completion", "Piece", "Stream", "Timings", "Usage"),
@@ -45,6 +50,7 @@ _HOMES = {
     "scheduler": ("QueueFullError",),
     "settings": ("Settings",),
     "tokenizer": ("Message",),
+    "tools": ("ToolCall",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from pocketlm.generate import Completion, Stream
 from pocketlm.settings import Settings
-from pocketlm.tokenizer import Message
+from pocketlm.tokenizer import Message, ToolMessage
 
 if TYPE_CHECKING:
     from pocketlm.engine import Model
@@ -82,7 +82,12 @@ class Chat:
         if not self.messages or self.messages[-1] is not message:  # it was refused, or is forgotten
             return
         completion = stream.completion
-        if completion.token_ids:
+        if not completion.token_ids:
+            del self.messages[-1]
+        elif not completion.tool_calls:
             self.messages.append(Message(role="assistant", content=completion.text))
         else:
-            del self.messages[-1]
+            # Mistral's templates want ids of nine letters or digits.
+            first = 1000 * len(self.messages)
+            calls = [call.as_dict(f"{id_:09}") for id_, call in enumerate(completion.tool_calls, first)]
+            self.messages.append(ToolMessage(role="assistant", content=completion.text, tool_calls=calls))

@@ -43,7 +43,7 @@ from pocketlm.tuning import find_tuning
 DEFAULT_CONTEXT_LENGTH = 8192
 """Tokens, unless `load` is told otherwise or the model was trained for fewer."""
 
-DEFAULT_CACHE_BYTES = 512 << 20
+DEFAULT_CACHE_BYTES = 256 << 20
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -126,7 +126,6 @@ class Model:
         self.power: Power = choose_power(power, threads=threads, tuning=tuning)
         threads, spin_us = self.power.threads, self.power.spin_us
         session = Session(bundle.graph_path, dimensions, graph, threads=threads, spin_us=spin_us)
-        self._constraints = ConstraintFactory(self.tokenizer, dimensions.vocabulary, self.manifest.tokens.eos)
         costs = (tuning and tuning.costs_with(threads)) or ASSUMED
         self._costs = costs.in_pairs() if reproducible else costs
         self._ngrams = bundle.ngrams
@@ -246,7 +245,13 @@ class Model:
         # What the cache lends stops before the last two tokens of a prompt.
         padded = [*ids, ids[-1], ids[-1]]
         self._answer(padded, {"max_tokens": 1}).finish()
-        prefix = self._scheduler.call(lambda pool: pool.stored(ids)).result()
+        try:
+            prefix = self._scheduler.call(lambda pool: pool.stored(ids)).result()
+        except ValueError as error:  # other requests have taken its place meanwhile
+            raise PocketlmError(
+                f"The prefix of {len(ids):,} tokens was pushed out of the cache by other requests before it "
+                "was saved. Try again when fewer are under way, or load the model with larger cache_bytes."
+            ) from error
         saved_prefix.save(Path(path), prefix, saved_prefix.fingerprint(self.manifest))
         return len(ids)
 
@@ -356,8 +361,9 @@ class Model:
         limit = max(1, self.context_length - min(wanted, self.context_length // 2))
         try:
             kept, dropped = fit(messages, lambda some: len(encode(some)), limit)
-        except ContextOverflowError:  # a long last message: the answer then gets what room there is
-            kept, dropped = fit(messages, lambda some: len(encode(some)), self.context_length - 1)
+        except ContextOverflowError as error:  # a long last message: the answer then gets what room it leaves
+            limit = min(error.prompt_tokens, self.context_length - 1)
+            kept, dropped = fit(messages, lambda some: len(encode(some)), limit)
         return encode(kept), dropped
 
     def _read(self, prompt: Prompt, *, system: str | None, raw: bool) -> list[int] | list[Message]:

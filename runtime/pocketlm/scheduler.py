@@ -39,10 +39,10 @@ time; fewer rows leave the matrix products' speed unused."""
 class QueueFullError(PocketlmError):
     """More requests wait for the engine than it is allowed to keep."""
 
-    def __init__(self, waiting: int) -> None:
+    def __init__(self, waiting: int, more: int) -> None:
         super().__init__(
-            f"{waiting:,} requests wait for the engine already, which is its limit. "
-            "Try again later, or load the model with a larger queue_limit."
+            f"{waiting:,} requests wait for the engine already; with {more:,} more it would be beyond its "
+            "limit. Try again later, or load the model with a larger queue_limit."
         )
         self.waiting = waiting
 
@@ -57,10 +57,8 @@ class Request:
     channel: Channel
     constraint: Constraint | None = None
     speculator: Speculator | None = None
-    cache_prompt: bool = True  # whether what is cached may be used
-    settle: bool = (
-        False  # whether the answer is computed again as a prompt when there is time (see `KVCache`)
-    )
+    cache_prompt: bool = True  # whether what is cached may be used, and what is computed is kept
+    settle: bool = False  # whether the answer is computed again as a prompt, for the next turn (`KVCache`)
     deadline: float | None = None  # of time.perf_counter
     after: Request | None = None  # begins when that one's prompt is computed, to share it
     cache: KVCache | None = field(default=None, init=False)
@@ -90,7 +88,8 @@ class Scheduler:
         queue_limit: int = 64,
         reproducible: bool = False,
     ) -> None:
-        """`concurrency` is how many requests are under way at most, `queue_limit` how many more may wait.
+        """`concurrency` is how many requests are under way at most, those aside that wait for their reader;
+        `queue_limit` is how many more may wait.
 
         `reproducible` computes every token as a prompt's are, at least two at a time and each answer by
         itself, so that speculation changes no bit of the logits either (see `KVCache`).
@@ -115,7 +114,7 @@ class Scheduler:
             self._start()
             taken = sum(not each.channel.cancelled for each in self._requests())
             if taken + len(requests) > self._concurrency + self._queue_limit:
-                raise QueueFullError(len(self._waiting))
+                raise QueueFullError(len(self._waiting), len(requests))
             for request in requests:
                 request.channel.wake = self._wake
             self._waiting.extend(requests)
@@ -181,7 +180,10 @@ class Scheduler:
         while self._calls:
             self._calls.popleft()()
         self._pool.close()
-        # Streams know the scheduler, so they would keep the weights as long as they are kept.
+        # Streams know the scheduler, so they would keep the weights, and a draft model's, as long as they
+        # are kept.
+        with self._changed:
+            self._running, self._waiting = [], deque()
         del self._session
 
     def _step(self) -> None:
@@ -199,6 +201,11 @@ class Scheduler:
         with self._changed:
             return [*self._running, *self._waiting]
 
+    def _has_room(self) -> bool:
+        """Whether one more may begin. An answer that waits for its reader does not count: he may be waiting
+        for one behind it."""
+        return sum(not request.channel.paused for request in self._running) < self._concurrency
+
     def _await_work(self) -> bool:
         """Waits until there is something to do. False when it is time to end."""
         with self._changed:
@@ -207,7 +214,7 @@ class Scheduler:
                     self._woken = False
                     break
                 active = any(not request.channel.paused for request in self._running)
-                next_one = self._waiting and len(self._running) < self._concurrency
+                next_one = self._waiting and self._has_room()
                 if active or next_one or (self._unsettled and not self._running):
                     break
                 deadlines = [each.deadline for each in self._requests() if each.deadline is not None]
@@ -228,7 +235,7 @@ class Scheduler:
                 self._end(request, "timeout")
 
     def _admit(self) -> None:
-        while len(self._running) < self._concurrency:
+        while self._has_room():
             with self._changed:
                 request = next(
                     (each for each in self._waiting if each.after is None or each.after.prefilled), None
@@ -320,12 +327,10 @@ class Scheduler:
         room = min(
             request.answer.limit - request.answer.count - 1, cache.capacity - len(cache) - 1, LONGEST_DRAFT
         )
-        if room < 1:
+        if room < 1 or request.speculator is None:
             return []
         forced = request.constraint.forced() if request.constraint else []
-        if forced:
-            return forced[:room]
-        return request.speculator.propose(room) if request.speculator else []
+        return forced[:room] or request.speculator.propose(room)
 
     def _take_tokens(self, request: Request, logits: NDArray[np.float32], drafts: Sequence[int] = ()) -> int:
         """Draws a token from each row of `logits` (1 + drafts, vocabulary), as long as the one before is the
@@ -356,14 +361,20 @@ class Scheduler:
             return
         with self._changed:
             (self._running if request in self._running else self._waiting).remove(request)
-        cache = request.cache
-        if cache is not None:
-            newest = request.newest
-            if request.settle and error is None and newest is not None and cache.settled < len(cache):
-                self._unsettled.append((cache, [*cache.ids, newest]))
-                cache.truncate(cache.settled)
-            self._pool.give_back(cache)
-        request.end(reason, error)
+        try:
+            if request.cache is not None:
+                self._leave(request, request.cache, failed=error is not None)
+        finally:  # whatever happens, nobody must wait for ever
+            request.end(reason, error)
+
+    def _leave(self, request: Request, cache: KVCache, *, failed: bool) -> None:
+        """Gives the request's cache back, with what may serve another sequence."""
+        if not request.cache_prompt:
+            cache.truncate(0)
+        elif request.settle and not failed and request.newest is not None and cache.settled < len(cache):
+            self._unsettled.append((cache, [*cache.ids, request.newest]))
+            cache.truncate(cache.settled)
+        self._pool.give_back(cache)
 
     def _settle_some(self) -> None:
         """A chunk of an answer that has ended, so that the next turn finds it computed as a prompt is."""

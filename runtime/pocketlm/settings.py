@@ -36,13 +36,13 @@ class Settings(TypedDict, total=False):
     top_logprobs: int  # and those of so many most likely tokens
     json_schema: Mapping[str, Any] | bool | str | None  # the answer is JSON that the schema allows
     regex: str | None  # the whole answer matches
-    grammar: str | None  # the answer follows this Lark grammar
+    grammar: str | Grammar | None  # the answer follows this Lark grammar, or one that is built already
     tools: Sequence[Mapping[str, Any]]  # functions that the model may call, in the form of the OpenAI API
     tool_choice: str | Mapping[str, Any] | None  # "auto", "none", "required" or one function
     overflow: Overflow  # "slide" leaves the oldest messages out where a conversation outgrows the context
     timeout_s: float | None  # from now; the answer then ends as it is
     speculate: bool  # False: no drafts
-    cache_prompt: bool  # False: compute the whole prompt, whatever of it is cached; for measuring
+    cache_prompt: bool  # False: compute the whole prompt, whatever of it is cached, and keep nothing
 
 
 NO_TOOLS = ToolChoice("none")
@@ -114,4 +114,6 @@ def _grammar(given: Mapping[str, Any]) -> Grammar | None:
         raise InvalidSettingError(
             f"{' and '.join(named)} are given; an answer follows one of them. Leave the others out."
         )
-    return next((_GRAMMARS[name](value) for name, value in named.items()), None)
+    for name, value in named.items():
+        return value if isinstance(value, Grammar) else _GRAMMARS[name](value)
+    return None

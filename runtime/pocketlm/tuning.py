@@ -2,7 +2,8 @@
 
     <home>/tuning/<digits>.json  one for each graph, device and release of ONNX Runtime
 
-Only speed depends on it: whatever the threads and the chunk, the tokens are the same.
+Only speed depends on it: whatever the threads and the chunk, the logits are the same. What rows cost decides
+how much is drafted; docs/determinism.md says what that may change.
 """
 
 from __future__ import annotations

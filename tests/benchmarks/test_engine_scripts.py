@@ -24,7 +24,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_speculation_compares_each_workload(int8_bundle: Path) -> None:
-    lines = speculation.report(int8_bundle, "", rounds=1, new_tokens=12, threads=1).splitlines()
+    lines = speculation.report(int8_bundle, "", None, rounds=1, new_tokens=12, threads=1).splitlines()
     assert lines[0].split("  ")[0] == "workload"
     assert [line.split()[0] for line in lines[1:]] == [*speculation.ORDINARY, *speculation.REPEATING]
     assert all("of 2" in line for line in lines[1:])
@@ -43,7 +43,7 @@ def test_a_rate_is_of_all_tokens_of_a_round() -> None:
 
 
 def test_answers_at_once_from_a_process(int8_bundle: Path) -> None:
-    rates = concurrency.measure(int8_bundle, "", [1, 3], rounds=1, new_tokens=4, threads=1)
+    rates = concurrency.measure(int8_bundle, "", None, [1, 3], rounds=1, new_tokens=4, threads=1)
     assert list(rates) == [OURS]
     assert {number: len(values) for number, values in rates[OURS].items()} == {1: 1, 3: 1}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 
 import pocketlm
-from helpers.tiny import IM_END, letters, only
+from helpers.tiny import IM_END, TEMPLATE, letters, only
+from pocketlm.bundle import TEMPLATE_NAME, write_manifest
 from pocketlm.engine import Chat, Model
 from pocketlm.errors import ContextOverflowError, InvalidSettingError, PromptError
 from pocketlm.generate import Completion
+from pocketlm.manifest import read_manifest
 from pocketlm.scheduler import QueueFullError
 from pocketlm.session import Session
 from pocketlm.tokenizer import Message
@@ -281,3 +284,17 @@ class TestRefused:
         assert chat.messages[-1]["role"] == "assistant"
         chat.reset()
         assert chat.send("ONE", **SETTINGS).text
+
+
+def test_a_call_stays_in_the_conversation(int8_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(int8_bundle, tmp_path / "bundle")
+    template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}<tool_call>" + TEMPLATE
+    (tmp_path / "bundle" / TEMPLATE_NAME).write_text(template, encoding="utf-8")
+    write_manifest(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
+    paint = {"type": "function", "function": {"name": "paint"}}
+    with pocketlm.load(tmp_path / "bundle", threads=1) as model:
+        chat = model.chat()
+        chat.send("Paint!", tools=[paint], tool_choice=paint)
+    call = {"id": "000001000", "type": "function", "function": {"name": "paint", "arguments": "{}"}}
+    answer: Any = chat.messages[1]
+    assert answer["tool_calls"] == [call]

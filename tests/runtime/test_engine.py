@@ -28,10 +28,12 @@ from helpers.tiny import (
     tiny_checkpoint,
     write_folder,
 )
+from pocketlm.bundle import open_bundle
 from pocketlm.engine import Model
 from pocketlm.errors import ContextOverflowError, InvalidSettingError, PocketlmError, PromptError
 from pocketlm.generate import Completion, Stream
 from pocketlm.kv_pool import KVPool
+from pocketlm.manifest import Tokens
 from pocketlm.scheduler import QueueFullError
 from pocketlm.session import Session
 from pocketlm.tokenizer import Message
@@ -151,6 +153,15 @@ def test_an_answer_goes_on_from_the_prompt_with_its_first_space(tmp_path: Path) 
     )
     with pocketlm.load(tiny_bundle(tmp_path, "fp32", checkpoint=checkpoint)) as model:
         assert model.generate("ab", max_tokens=2, logit_bias={spaced: 1e4}).text == " a a"
+
+
+def test_a_model_that_never_ends_an_answer(int8_bundle: Path) -> None:
+    bundle = open_bundle(int8_bundle)
+    endless = dataclasses.replace(bundle.manifest, tokens=Tokens(None, (), False))
+    with Model(dataclasses.replace(bundle, manifest=endless), threads=1) as model:
+        assert model.generate(PROMPT, max_tokens=3).finish_reason == "length"
+        with pytest.raises(InvalidSettingError, match="a model that can end its answer"):
+            model.generate(PROMPT, regex="a")
 
 
 class TestPrompts:
@@ -492,6 +503,8 @@ class TestLimits:
                 next(stream)
                 with pytest.raises(QueueFullError, match="larger queue_limit"):
                     model.stream(PROMPT)
+            with pytest.raises(QueueFullError, match=r"0 requests wait .* with 2 more"):
+                model.streams(PROMPT, 2)
             assert len(model.generate(PROMPT, max_tokens=3, ignore_eos=True).token_ids) == 3
 
     @pytest.mark.parametrize(
@@ -508,7 +521,7 @@ class TestLimits:
 
     def test_of_time(self, int8_bundle: Path) -> None:
         with pocketlm.load(int8_bundle, threads=1, concurrency=1) as model:
-            with model.stream(PROMPT, logit_bias=LETTERS):  # nobody reads it, so that the engine pauses it
+            with model.stream(PROMPT, logit_bias=LETTERS):
                 completion = model.generate(PROMPT, timeout_s=0.01)
             assert completion.finish_reason == "timeout"
             assert completion.token_ids == ()
@@ -523,6 +536,15 @@ class TestLimits:
             dropped = completion.usage.dropped_messages
         assert dropped > 0
         assert len(chat.messages) == 29
+
+    def test_slide_leaves_the_answer_to_a_long_message_its_room(self, model: Model) -> None:
+        texts = {"user": "A" * 40, "assistant": "B" * 5}
+        messages = [Message(role=role, content=text) for role, text in texts.items()]
+        messages.append(Message(role="user", content="C" * 420))
+        completion = model.generate(messages, max_tokens=100, logit_bias=LETTERS, overflow="slide")
+        assert completion.usage.prompt_tokens > 512 - 100
+        assert completion.usage.dropped_messages == 2
+        assert completion.usage.total_tokens == 512
 
 
 class TestDeterminism:

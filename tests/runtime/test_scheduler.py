@@ -336,12 +336,12 @@ class TestEnds:
     def test_a_deadline(self, where: str) -> None:
         with stepped(concurrency=1, chunk=16) as (engine, gate):
             if where == "waiting":
-                first = engine.stream(A, limit=READ_AHEAD + 50)  # nobody reads it
+                first = engine.stream(A, limit=READ_AHEAD + 50)
                 gate.arrived()
             request = engine.request(range(40), limit=READ_AHEAD + 50)
             stream = Stream(request.channel)
             if where in ("waiting", "paused"):
-                request.deadline = time.perf_counter() + 0.05
+                request.deadline = time.perf_counter() + (0.05 if where == "paused" else 0)
             engine.scheduler.submit(request)
             if where in ("prefilling", "decoding"):
                 for _ in range(1 if where == "prefilling" else 4):
@@ -350,8 +350,10 @@ class TestEnds:
                 request.deadline = time.perf_counter()
             gate.open()
             if where == "paused":
-                # The engine waits for its reader and for nothing else.
-                assert engine.ids(B, limit=1) == [3]
+                # Nobody reads it, so the engine waits for its reader and for nothing else.
+                patience = time.perf_counter() + PATIENCE_S
+                while not request.ended and time.perf_counter() < patience:
+                    time.sleep(0.005)
             count = len(read(stream))
             assert stream.completion.finish_reason == "timeout"
             assert count == {"waiting": 0, "prefilling": 0, "decoding": 3}.get(where, count)
@@ -367,6 +369,12 @@ class TestEnds:
             together = sum({10} < each.names for each in engine.session.passes)
             assert alone + together == READ_AHEAD  # its prompt, and all but the last of so many tokens
             assert engine.scheduler.load == (1, 0)
+            assert read(slow) == after(A, 3 * READ_AHEAD)
+
+    def test_a_reader_who_pauses_takes_no_place(self) -> None:
+        with ScriptedEngine(concurrency=1) as engine:
+            slow = engine.stream(A, limit=3 * READ_AHEAD)
+            assert read(engine.stream(B, limit=5)) == after(B, 5)
             assert read(slow) == after(A, 3 * READ_AHEAD)
 
     def test_the_whole_of_an_answer_that_was_read_late(self) -> None:
@@ -520,6 +528,20 @@ class TestClose:
         assert session() is None
         assert buffer() is None
         assert stream.completion.token_ids == tuple(after(A, 10))
+
+    def test_lets_go_of_what_was_under_way(self) -> None:
+        """A speculator holds a draft model."""
+        engine = ScriptedEngine()
+        speculator = Proposals(A, lambda ids: [])
+        held = weakref.ref(speculator)
+        request = engine.request(A, limit=3 * READ_AHEAD, speculator=speculator)
+        stream = Stream(request.channel)
+        engine.scheduler.submit(request)
+        del request, speculator
+        next(stream)
+        engine.scheduler.close()
+        assert held() is None
+        assert stream.finish().finish_reason == "cancelled"
 
 
 class TestCalls:
@@ -731,10 +753,14 @@ class TestSpeculation:
                 return [(self.newest + 1 + n) % 100 for n in range(60)]
 
         with Watched() as engine:
-            assert engine.ids(A, limit=40, constraint=Forces()) == after(A, 40)
+            nothing = Proposals(A, lambda ids: [])
+            assert engine.ids(A, limit=40, constraint=Forces(), speculator=nothing) == after(A, 40)
             # No more rows of logits in a pass than a draft's.
             assert [each.tokens[10] for each in engine.session.passes] == [3, 16, 16, 7]
             assert engine.returned == [[*A, *after(A, 39)]]
+            before = len(engine.session.passes)
+            assert engine.ids(A, limit=5, constraint=Forces(), speculator=None) == after(A, 5)
+            assert all(each.rows == 1 for each in engine.session.passes[before:])
 
     @example_settings(max_examples=100, deadline=None)
     @given(data=st.data())

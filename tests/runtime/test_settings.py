@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pocketlm.constraint import Grammar
 from pocketlm.errors import InvalidSettingError
 from pocketlm.sampling import Sampling
 from pocketlm.settings import AnswerSettings, Settings
@@ -86,6 +87,11 @@ def test_a_grammar(given: dict[str, Any], kind: str) -> None:
     assert grammar is not None
     assert grammar.kind == kind
     assert AnswerSettings.of(dict.fromkeys(given)).grammar is None
+
+
+def test_a_grammar_that_is_built_already() -> None:
+    grammar = Grammar.choice(["yes", "no"])
+    assert AnswerSettings.of({"grammar": grammar}).grammar is grammar
 
 
 def test_one_grammar_at_a_time() -> None:

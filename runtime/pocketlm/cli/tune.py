@@ -32,7 +32,7 @@ def tune(
     """Find the fastest threads and chunks for a model on this device.
 
     Takes a minute at most for a small model, once; the result is used whenever the model is loaded. Close
-    what else is at work meanwhile. Answers do not depend on it, only their speed.
+    what else is at work meanwhile. Answers come faster or slower by it, and are no better or worse.
     """
     from pocketlm import hub, tuning
     from pocketlm.bundle import open_bundle
