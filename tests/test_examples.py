@@ -222,13 +222,16 @@ class TestLines:
 
 # Runs the window through a conversation, closes it within an answer and prints what it showed.
 DRIVER = """
-import json, sys, tkinter as tk
+import json, sys, time, tkinter as tk
 import pocketlm
 import desktop_chat
 from helpers.tiny import letters, only
 
 long = pocketlm.Settings(logit_bias=only(letters()), temperature=1.0, seed=4)
 desktop_chat.SETTINGS = pocketlm.Settings(**long, max_tokens=8)
+# Answers that are far from their end when they are stopped, however slow the window is drawn.
+read = pocketlm.Stream.__next__
+pocketlm.Stream.__next__ = lambda stream: time.sleep(0.003) or read(stream)
 root = tk.Tk()
 window = desktop_chat.Window(root, sys.argv[1], [])
 shown = {}
@@ -305,7 +308,6 @@ def display() -> Iterator[str]:
 
 
 def test_the_window(display: str, tmp_path: Path) -> None:
-    # Room for an answer that is not at its end before it is stopped, however slow the window is drawn.
     bundle = tiny_bundle(tmp_path, "fp32", checkpoint=tiny_checkpoint(max_position_embeddings=8192))
     paths = [ROOT / "examples", ROOT / "tests", *(ROOT / name for name in ("models", "runtime", "exporters"))]
     environment = {"DISPLAY": display, "PYTHONPATH": os.pathsep.join(map(str, paths))}
