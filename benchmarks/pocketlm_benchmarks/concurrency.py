@@ -24,6 +24,7 @@ from pocketlm.tokenizer import Tokenizer
 from pocketlm_benchmarks.engines.process import EngineProcess
 from pocketlm_benchmarks.engines.protocol import EngineSpec, Query
 from pocketlm_benchmarks.engines.registry import parse_against
+from pocketlm_benchmarks.plain_table import plain_table, ratio
 from pocketlm_benchmarks.result import OURS
 from pocketlm_benchmarks.workloads import load_workload
 
@@ -97,16 +98,9 @@ def table(rates: Rates) -> str:
     ]
     for number in ours:
         row = [str(number), *(f"{median(each[number]):.1f}" for each in rates.values())]
-        row.append(_ratio(ours[number], ours[min(ours)]))
-        rows.append(row + [_ratio(ours[number], rates[kind][number]) for kind in rates if kind != OURS])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-    )
-
-
-def _ratio(ours: list[float], theirs: list[float]) -> str:
-    return f"{median(one / other for one, other in zip(ours, theirs, strict=True)):.2f}"
+        row.append(ratio(ours[number], ours[min(ours)]))
+        rows.append(row + [ratio(ours[number], rates[kind][number]) for kind in rates if kind != OURS])
+    return plain_table(rows)
 
 
 if __name__ == "__main__":

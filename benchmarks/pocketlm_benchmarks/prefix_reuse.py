@@ -29,9 +29,9 @@ from pocketlm.errors import InvalidSettingError, PocketlmError
 from pocketlm.files import readable_size
 from pocketlm.kv_cache import KVCache
 from pocketlm.manifest import Dimensions
+from pocketlm.prefill import PREFILL_CHUNK, passes
 from pocketlm.prefix_store import PrefixStore, StoredPrefix
 from pocketlm.saved_prefix import fingerprint, load, save
-from pocketlm.scheduler import PREFILL_CHUNK, passes
 from pocketlm.session import Session
 from pocketlm.threads import thread_count
 

@@ -23,6 +23,7 @@ from pocketlm.threads import thread_count
 from pocketlm_benchmarks.engines.process import EngineProcess
 from pocketlm_benchmarks.engines.protocol import EngineSpec, Query
 from pocketlm_benchmarks.engines.registry import parse_against
+from pocketlm_benchmarks.plain_table import plain_table, ratio
 from pocketlm_benchmarks.workloads import load_workload
 
 ORDINARY = ("chat",)
@@ -129,17 +130,10 @@ def table(measured: dict[str, Measured]) -> str:
     for name, each in measured.items():
         off, on = each.off.rates(), each.on.rates()
         agreed = f"{each.accepted / each.drafted:.0%} of {each.drafted:,}" if each.drafted else "no drafts"
-        row = [name, f"{median(off):.1f}", f"{median(on):.1f}", _ratio(on, off), agreed]
+        row = [name, f"{median(off):.1f}", f"{median(on):.1f}", ratio(on, off), agreed]
         row.append(f"{each.answers - each.different} of {each.answers}")
-        rows.append(row + [_ratio(on, each.peers[kind].rates()) for kind in kinds])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-    )
-
-
-def _ratio(ours: list[float], theirs: list[float]) -> str:
-    return f"{median(one / other for one, other in zip(ours, theirs, strict=True)):.2f}"
+        rows.append(row + [ratio(on, each.peers[kind].rates()) for kind in kinds])
+    return plain_table(rows)
 
 
 if __name__ == "__main__":

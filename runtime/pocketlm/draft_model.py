@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from pocketlm.bundle import Bundle
 from pocketlm.errors import InvalidSettingError
+from pocketlm.prefill import PREFILL_CHUNK
 from pocketlm.session import Session
 
-_CHUNK = 128  # tokens in one forward pass of a prompt
 _LEAST_CHANCE = 0.05  # of a whole draft, below which drafting on makes no difference
 
 
@@ -84,8 +84,8 @@ class DraftSequence:
     def _read(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Catches up with `ids`; returns the logits (vocabulary) behind the last one."""
         logits = np.empty((1, 0), np.float32)
-        for begin in range(len(self._cache), len(ids), _CHUNK):
-            logits = self._session.forward(ids[begin : begin + _CHUNK], self._cache)
+        for begin in range(len(self._cache), len(ids), PREFILL_CHUNK):
+            logits = self._session.forward(ids[begin : begin + PREFILL_CHUNK], self._cache)
         last: NDArray[np.float32] = logits[0]
         return last
 

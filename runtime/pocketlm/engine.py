@@ -28,10 +28,11 @@ from pocketlm.manifest import Manifest
 from pocketlm.overflow import fit
 from pocketlm.power import Power, PowerMode
 from pocketlm.power import power as choose_power
+from pocketlm.prefill import PREFILL_CHUNK, passes
 from pocketlm.progress import Progress, silent
 from pocketlm.row_costs import ASSUMED
 from pocketlm.sampling import Sampler
-from pocketlm.scheduler import PREFILL_CHUNK, Request, Scheduler, passes
+from pocketlm.scheduler import Request, Scheduler
 from pocketlm.session import Session, return_freed_memory
 from pocketlm.settings import AnswerSettings, Settings
 from pocketlm.speculate import Speculator

@@ -187,7 +187,8 @@ class KVSlots:
     def _allocate(self, count: int) -> None:
         of = self._dimensions
         shape = (of.layers, 2, count, of.kv_heads, self.capacity, of.head_dim)
-        self._memory = _lazy_memory(max(4 * math.prod(shape), 1))
+        # A huge page holds a head's keys for thousands of tokens, and its first token would claim it whole.
+        self._memory = private_memory(max(4 * math.prod(shape), 1), huge_pages=False)
         self.buffer: NDArray[np.float32] = np.frombuffer(self._memory, np.float32, math.prod(shape)).reshape(
             shape
         )
@@ -216,8 +217,8 @@ class KVSlots:
                 self._memory.madvise(mmap.MADV_DONTNEED, first_page, end - first_page)
 
 
-def _lazy_memory(size: int) -> mmap.mmap:
-    """`size` bytes of zeros."""
+def private_memory(size: int, *, huge_pages: bool) -> mmap.mmap:
+    """`size` bytes of zeros, which the operating system provides page by page as they are written."""
     # Not shared with forked children, where the system makes that difference; and without a reservation,
     # which it may refuse for more than its memory although most of it is never written.
     no_reserve = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, from Python 3.13 on
@@ -226,8 +227,7 @@ def _lazy_memory(size: int) -> mmap.mmap:
         if hasattr(mmap, "MAP_PRIVATE")
         else mmap.mmap(-1, size)
     )
-    # A huge page holds a head's keys for thousands of tokens, and its first token would claim it whole.
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+    if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
+            memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
     return memory

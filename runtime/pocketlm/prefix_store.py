@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketlm.errors import ContextOverflowError, InvalidSettingError
-from pocketlm.kv_cache import KVCache
+from pocketlm.kv_cache import KVCache, private_memory
 
 THREADS = min(4, os.cpu_count() or 1)
 """That copy and hash keys and values: a few are enough for all of the memory's bandwidth."""
@@ -197,15 +195,8 @@ def own_array(shape: Sequence[int], *, huge_pages: bool = True) -> NDArray[np.fl
 
     The C library may keep what is freed: glibc from its second large block on, up to 32 MB each.
     """
-    size = 4 * math.prod(shape)
-    # Not shared with forked children, where the system makes that difference.
-    memory = (
-        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE) if hasattr(mmap, "MAP_PRIVATE") else mmap.mmap(-1, size)
-    )
     # Where all of it is about to be written, a huge page is one page fault where there would be 512.
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    memory = private_memory(4 * math.prod(shape), huge_pages=huge_pages)
     return np.frombuffer(memory, np.float32).reshape(shape)
 
 

@@ -25,15 +25,12 @@ from pocketlm.errors import PocketlmError
 from pocketlm.generate import Answer, Channel, FinishReason
 from pocketlm.kv_cache import KVCache
 from pocketlm.kv_pool import KVPool
+from pocketlm.prefill import PREFILL_CHUNK, passes
 from pocketlm.sampling import Sampler
 from pocketlm.session import Session
 from pocketlm.speculate import LONGEST_DRAFT, Speculator
 
 T = TypeVar("T")
-
-PREFILL_CHUNK = 128
-"""Tokens in one forward pass of a prompt. Attention's scratch memory grows with it, and with that memory
-time; fewer rows leave the matrix products' speed unused."""
 
 
 class QueueFullError(PocketlmError):
@@ -388,14 +385,3 @@ class Scheduler:
         with contextlib.suppress(Exception):  # nobody waits for it: then the next turn computes it
             self._session.forward(chunk, cache)
             self._unsettled.appendleft((cache, ids))
-
-
-def passes(start: int, end: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Where the forward passes over the tokens `start` … `end` − 1 of a prompt begin and end.
-
-    `chunk` is how many tokens go in one; from three on, none goes alone if it can be helped (see `KVCache`).
-    """
-    while start < end:
-        count = chunk - 1 if end - start == chunk + 1 and chunk > 2 else chunk
-        yield start, min(start + count, end)
-        start += count

@@ -26,12 +26,12 @@ from pocketlm.files import atomic_write
 from pocketlm.kv_cache import KVCache
 from pocketlm.manifest import Manifest, parse_value
 from pocketlm.power import BALANCED_SPIN_US, ECO_SPIN_US
+from pocketlm.prefill import PREFILL_CHUNK
 from pocketlm.progress import Progress, silent
 from pocketlm.row_costs import RowCosts, measure
 from pocketlm.session import Session
 from pocketlm.threads import hardware_threads, physical_cores, processor_name
 
-DEFAULT_CHUNK = 128
 CHUNKS = (32, 64, 128, 256)
 
 REQUEST = (256, 128)
@@ -214,9 +214,9 @@ def thriftiest_threads(trials: Sequence[ThreadTrial]) -> int:
 def best_chunk(trials: Sequence[ChunkTrial]) -> int:
     """The fastest chunk, if it is clearly faster than the default."""
     best = min(trials, key=lambda trial: trial.prefill_s)
-    default = next((trial for trial in trials if trial.chunk == DEFAULT_CHUNK), None)
+    default = next((trial for trial in trials if trial.chunk == PREFILL_CHUNK), None)
     if default is not None and best.prefill_s > CLEARLY * default.prefill_s:
-        return DEFAULT_CHUNK
+        return PREFILL_CHUNK
     return best.chunk
 
 
@@ -263,7 +263,7 @@ def _try_threads(session: Session, threads: int, spin_us: int, capacity: int) ->
 
     def prefill() -> None:
         kv_cache.truncate(0)
-        _prefill(session, kv_cache, prompt, DEFAULT_CHUNK)
+        _prefill(session, kv_cache, prompt, PREFILL_CHUNK)
 
     prefill_clock, decode_clock = _timed(prefill, decode)
     trial = ThreadTrial(

@@ -32,8 +32,9 @@ from pocketlm.errors import PocketlmError
 from pocketlm.generate import READ_AHEAD, Stream
 from pocketlm.kv_cache import KVCache
 from pocketlm.kv_pool import KVPool
+from pocketlm.prefill import passes
 from pocketlm.sampling import Sampled, Sampler, Sampling
-from pocketlm.scheduler import QueueFullError, Request, passes
+from pocketlm.scheduler import QueueFullError, Request
 
 A, B, C = ([10, 1, 2], [20, 1, 2], [30, 1, 2])
 """Prompts, told from each other by their first token."""
