@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from pocketlm_benchmarks.device import PowerSource, cpuinfo, governors, power_source, throttle_count
-from pocketlm_benchmarks.system import command_output, fields, read_int, read_text
+from pocketlm.device import cpuinfo
+from pocketlm.system import command_output, fields, read_int, read_text
+from pocketlm_benchmarks.device import PowerSource, governors, power_source, throttle_count
 
 OTHERS_SHARE = 0.10  # of all processors' time, used by processes that are not ours
 STEAL_SHARE = 0.02  # of all processors' time, given by the hypervisor to other machines

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from pocketlm.system import fields, read_text
 from pocketlm_benchmarks.result import Memory
-from pocketlm_benchmarks.system import fields, read_text
 
 UNKNOWN = Memory(peak_bytes=None, anonymous_bytes=None, file_bytes=None)
 

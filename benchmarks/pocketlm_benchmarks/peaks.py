@@ -1,7 +1,6 @@
 """What the device can do at most: reading memory, multiplying matrices. A few seconds in all.
 
-Each figure is the best of many repetitions, as in STREAM (McCalpin, 1995): whatever else runs can only slow
-one down, and each takes milliseconds, so none is fast by chance. The matrix products are the nodes that
+Each figure is the best of many repetitions, see `pocketlm.bandwidth`. The matrix products are the nodes that
 bundles are made of, run by ONNX Runtime with the options that bundles run with: a peak that the same kernels
 cannot reach would say nothing about the model.
 """
@@ -9,35 +8,22 @@ cannot reach would say nothing about the model.
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import psutil
 from numpy.typing import NDArray
 
+from pocketlm.bandwidth import SECONDS, best_rate, read_rate
 from pocketlm.errors import BundleError
 from pocketlm.progress import Progress, silent
 from pocketlm.session import open_graph
-from pocketlm_benchmarks.system import read_text
 from pocketlm_exporters.graph.builder import MICROSOFT, GraphBuilder
 from pocketlm_exporters.graph.linear import ZERO_POINT
 from pocketlm_exporters.processor import WeightBytes, weight_bytes
-
-Bytes = NDArray[np.uint8]
-
-SECONDS_EACH = 0.8
-_LEAST_REPETITIONS = 3
-
-_LEAST_BUFFER = 256 << 20
-_CACHE_FOLD = 4  # how many times larger than all last-level caches together the buffer is
-_MEMORY_SHARE = 8  # the buffer takes an eighth of the memory that is free at most
-_PASSES = 4  # over the buffer in one run, so that handing it to the threads does not count
 
 # Rows of a long prompt's chunks, inputs and outputs of a large linear.
 SHAPE = (512, 2048, 4096)
@@ -57,7 +43,7 @@ def measure_peaks(
     threads: int,
     progress: Progress = silent,
     *,
-    seconds_each: float = SECONDS_EACH,
+    seconds_each: float = SECONDS,
     buffer_bytes: int | None = None,
     shape: tuple[int, int, int] = SHAPE,
 ) -> Peaks:
@@ -67,67 +53,13 @@ def measure_peaks(
     """
     task, total = "Measuring the device", 3
     progress(task, 0, total, "peaks")
-    read = _read_rate(threads, buffer_bytes or buffer_size(), seconds_each)
+    read = read_rate(threads, buffer_bytes, seconds_each)
     progress(task, 1, total, "peaks")
     int8 = _matrix_rate(int8_product, shape, threads, seconds_each)
     progress(task, 2, total, "peaks")
     fp32 = _matrix_rate(fp32_product, shape, threads, seconds_each)
     progress(task, total, total, "peaks")
     return Peaks(threads, read, int8, fp32)
-
-
-def best_rate(
-    work: float, run: Callable[[], object], seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Units of `work` a second in the fastest of the runs that fit into `seconds`, three at least.
-
-    One more comes before them, to warm up: threads, pages, frequency.
-    """
-    run()
-    shortest, repetitions, begun = float("inf"), 0, clock()
-    end = begun + seconds
-    while repetitions < _LEAST_REPETITIONS or begun < end:
-        run()
-        now = clock()
-        shortest, begun, repetitions = min(shortest, now - begun), now, repetitions + 1
-    return work / shortest
-
-
-def buffer_size(root: Path = Path("/")) -> int:
-    """Bytes to read so that the caches do not matter; a smaller machine's memory bounds them."""
-    caches: dict[tuple[str | None, str | None], int] = {}
-    for index in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
-        if (size := _cache_bytes(read_text(index / "size"))) is not None:
-            caches[read_text(index / "level"), read_text(index / "shared_cpu_list")] = size
-    last = max((level or "" for level, _ in caches), default="")
-    cached = sum(size for (level, _), size in caches.items() if level == last)
-    wanted = max(_LEAST_BUFFER, _CACHE_FOLD * cached)
-    return min(wanted, int(psutil.virtual_memory().available) // _MEMORY_SHARE)
-
-
-def _cache_bytes(text: str | None) -> int | None:
-    """A size as Linux writes it: 512K."""
-    number = (text or "").removesuffix("K")
-    return int(number) << 10 if number.isdecimal() else None
-
-
-def read_all(parts: Sequence[Bytes], pool: ThreadPoolExecutor, passes: int = _PASSES) -> int:
-    """The largest byte of all parts, each read `passes` times by a thread of its own.
-
-    NumPy's maximum of bytes is vectorized on every processor, costs next to nothing beside the reading, and
-    lets go of the interpreter's lock.
-    """
-    return max(pool.map(lambda part: max(int(part.max()) for _ in range(passes)), parts))
-
-
-def _read_rate(threads: int, size: int, seconds: float) -> float:
-    """Bytes a second."""
-    with ThreadPoolExecutor(threads) as pool:
-        # Written, as memory that never was is one page of zeros; and by the threads, so that the system puts
-        # it near them where memory has places.
-        parts = list(pool.map(lambda _: np.ones(size // threads, np.uint8), range(threads)))
-        work = _PASSES * sum(part.nbytes for part in parts)
-        return best_rate(work, lambda: read_all(parts, pool), seconds)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,9 @@ class DecoderWeights:
     embedding: Callable[[], Array]  # (vocabulary, hidden)
     linears: Mapping[str, Linear]
     norms: Mapping[str, Array]
+    hidden_map: Array | None = None
+    """What the head reads, times this, is what the checkpoint's own head reads, Hugging Face's
+    `last_hidden_state`: (hidden, hidden) as a matrix, (hidden) channel by channel; None: the same."""
 
     @property
     def rotatable(self) -> bool:

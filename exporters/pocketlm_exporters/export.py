@@ -123,7 +123,7 @@ class _Export:
         self._weights = self._architecture.read(checkpoint)
         self._tokenizer = Tokenizer(checkpoint.tokenizer_json, checkpoint.chat_template, checkpoint.tokens)
         self._tokenizer.stream()  # refuses a decoder that no answer could be read with, before the work
-        self._io = GraphIO()
+        self._io = GraphIO(hidden_rows="hidden_rows", hidden="hidden")
         self._dimensions = _dimensions(self._weights)
         self._threads = thread_count()
 

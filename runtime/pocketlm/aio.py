@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self, Unpack
 
 from pocketlm.chat import Chat
+from pocketlm.embed import Embeddings, Pooling, collect
 from pocketlm.engine import DEFAULT_CACHE_BYTES, Model, Prompt, load
 from pocketlm.errors import PocketlmError
 from pocketlm.generate import Completion, Piece, Stream
@@ -125,7 +126,7 @@ class AsyncModel:
     ) -> list[AsyncStream]:
         """`n` answers to one prompt, which begin at once; see `Model.streams`."""
         begun = await asyncio.to_thread(self.model.streams, prompt, n, system=system, raw=raw, **settings)
-        return [AsyncStream(lambda stream=stream: stream) for stream in begun]  # type: ignore[misc]
+        return [AsyncStream.of(stream) for stream in begun]
 
     async def generate(
         self,
@@ -141,6 +142,14 @@ class AsyncModel:
     def chat(self, *, system: str | None = None) -> AsyncChat:
         """A conversation that remembers."""
         return AsyncChat(self.model.chat(system=system))
+
+    async def embed(
+        self, texts: Sequence[str | Sequence[int]], *, pooling: Pooling = "mean", normalize: bool = True
+    ) -> Embeddings:
+        """As `Model.embed`. Cancelling ends it after the text that is under way."""
+        jobs = await asyncio.to_thread(self.model._embed, texts, pooling)
+        pooled = [await asyncio.wrap_future(job) for job in jobs]
+        return collect(pooled, self.model.manifest.dimensions.hidden, normalize=normalize)
 
     async def save_prefix(
         self, path: str | Path, prompt: Prompt, *, system: str | None = None, raw: bool = False
@@ -207,6 +216,13 @@ class AsyncStream:
         self._ended = False
         self._arrived = asyncio.Event()
 
+    @classmethod
+    def of(cls, stream: Stream) -> Self:
+        """An answer that has begun already. To be called on the event loop."""
+        it = cls(lambda: stream)
+        it._attach(stream)
+        return it
+
     def __aiter__(self) -> Self:
         return self
 
@@ -260,7 +276,10 @@ class AsyncStream:
     def _take(self, beginning: asyncio.Future[Stream]) -> None:
         if beginning.cancelled() or beginning.exception() is not None:
             return
-        self._stream = stream = beginning.result()
+        self._attach(beginning.result())
+
+    def _attach(self, stream: Stream) -> None:
+        self._stream = stream
         loop, arrived = asyncio.get_running_loop(), self._arrived
 
         def wake() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
@@ -19,6 +19,7 @@ from pocketlm.bundle import Bundle, open_bundle
 from pocketlm.chat import Chat
 from pocketlm.constraint import ConstraintFactory
 from pocketlm.draft_model import DraftModel
+from pocketlm.embed import Embedder, Embeddings, Pooled, Pooling, check_pooling, collect, read_texts
 from pocketlm.errors import ContextOverflowError, InvalidSettingError, PocketlmError, PromptError
 from pocketlm.generate import Answer, Channel, Completion, Stream
 from pocketlm.hub import find_bundle
@@ -141,6 +142,7 @@ class Model:
             queue_limit=queue_limit,
             reproducible=reproducible,
         )
+        self._embedder = Embedder(self._scheduler)
         # For a model that is dropped without being closed; the engine's thread does not know it.
         self._finalizer = weakref.finalize(self, Scheduler.close, self._scheduler)
         self.load_s = time.perf_counter() - started
@@ -151,6 +153,17 @@ class Model:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def under_way(self) -> tuple[int, int]:
+        """How many answers are being computed, and how many wait for their turn."""
+        return self._scheduler.load
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the engine has computed since it was loaded; it never falls, and stays after `close`.
+        Any thread may read it. Each answer's part is its `Timings.compute_s`."""
+        return self._scheduler.busy_s
 
     def close(self) -> None:
         """Cancels what is under way and gives the model's memory back."""
@@ -231,6 +244,19 @@ class Model:
             logits[start:end] = session.forward(ids[start:end], cache, range(end - start))
         return logits
 
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], *, pooling: Pooling = "mean", normalize: bool = True
+    ) -> Embeddings:
+        """Each text, or list of token ids, as a vector: the mean of what the model's head reads behind each
+        token, or that of the last one. With `normalize` vectors have length one.
+
+        A text is taken as it is, without the chat template. Its vector depends on nothing else. Raises
+        PromptError for an empty one, ContextOverflowError for one that is too long (nothing is cut),
+        InvalidSettingError and, for a bundle that was exported without hidden states, NoHiddenStatesError.
+        """
+        pooled = [each.result() for each in self._embed(texts, pooling)]
+        return collect(pooled, self.manifest.dimensions.hidden, normalize=normalize)
+
     def save_prefix(
         self, path: str | Path, prompt: Prompt, *, system: str | None = None, raw: bool = False
     ) -> int:
@@ -273,6 +299,13 @@ class Model:
             )
         return len(prefix.ids)
 
+    def _embed(self, texts: Sequence[str | Sequence[int]], pooling: Pooling) -> Iterator[Future[Pooled]]:
+        """Checks the texts at once, and begins each when it is its turn."""
+        session = self._open_session()
+        check_pooling(pooling)
+        sequences = read_texts(texts, lambda text: self.encode(text, raw=True), self.context_length)
+        return (self._embedder.begin(session, ids, pooling) for ids in sequences)
+
     def _answer(
         self,
         prompt: list[int] | list[Message],
@@ -308,7 +341,12 @@ class Model:
         marker_id = None if tools is None else tools.marker_id(self.tokenizer)
         grammar = settings.grammar
         if tools is not None:
-            grammar = tools.grammar(settings.tools, settings.tool_choice, marker_id=marker_id)
+            grammar = tools.grammar(
+                settings.tools,
+                settings.tool_choice,
+                parallel=settings.parallel_tool_calls,
+                marker_id=marker_id,
+            )
         answer = Answer(
             self.tokenizer.stream(skip_special=marker_id is None, continues=True),
             StopMatcher(settings.stop),

@@ -6,7 +6,8 @@
     ├── CheckpointError            a GGUF or safetensors source that is truncated, corrupt or incomplete
     │   └── UnsupportedModelError  a sound source of a kind that pocketlm has no code for
     ├── BundleError                a bundle with a missing or altered file
-    │   └── ManifestError          a manifest that does not follow its schema or is newer than this release
+    │   ├── ManifestError          a manifest that does not follow its schema or is newer than this release
+    │   └── NoHiddenStatesError    a bundle that gives no embeddings (session.py)
     ├── PromptError                input that cannot become tokens (also a chat template that fails)
     │   └── ContextOverflowError   more tokens than the context holds; carries both numbers
     ├── InvalidSettingError        a setting outside its range (also a ValueError)

@@ -38,6 +38,7 @@ class Piece:
     logprob: float | None = None  # None: not asked for
     top_logprobs: tuple[tuple[int, float], ...] = ()  # the most likely token ids, the first one first
     tool_calls: tuple[ToolCall, ...] = ()  # those that are whole with this token; they are no part of texts
+    stop: str | None = None  # the stop string that ends the answer here; it is no part of texts
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Timings:
     """Seconds. Rates are None where there is nothing to rate.
 
     While several answers share the engine, each one's seconds hold the work for the others too, except
-    `prefill_s`.
+    `prefill_s` and `compute_s`.
     """
 
     queue_s: float  # waited for the engine to begin
@@ -69,6 +70,7 @@ class Timings:
     decode_tokens_per_s: float | None  # of the tokens behind the first
     drafted_tokens: int = 0  # by speculation
     accepted_tokens: int = 0  # of the drafted ones, those that the model agreed with
+    compute_s: float = 0.0  # the engine's work for this answer: prefill, its part of shared passes, sampling
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Completion:
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """What the model wants to have called."""
         return tuple(call for piece in self.pieces for call in piece.tool_calls)
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self.pieces[-1].stop if self.pieces else None
 
 
 class Answer:
@@ -122,7 +129,7 @@ class Answer:
         elif at_limit:
             reason = "length"
         text, calls = self._without_calls(text, last=reason is not None)
-        return Piece(text, sampled.token_id, sampled.logprob, sampled.top, calls), reason
+        return Piece(text, sampled.token_id, sampled.logprob, sampled.top, calls, self._stops.stop), reason
 
     def _without_calls(self, text: str, *, last: bool) -> tuple[str, tuple[ToolCall, ...]]:
         if self._calls is None:
@@ -156,6 +163,7 @@ class Channel:
         self.drafted_tokens = 0
         self.accepted_tokens = 0
         self.prefill_s = 0.0
+        self.compute_s = 0.0
         self.asked_at = time.perf_counter()
         self.begun_at: float | None = None
         self.cancelled = False
@@ -290,6 +298,7 @@ class Stream:
                 decode_tokens_per_s=(count - 1) / decode_s if decode_s else None,
                 drafted_tokens=channel.drafted_tokens,
                 accepted_tokens=channel.accepted_tokens,
+                compute_s=channel.compute_s,
             ),
             pieces=tuple(self._pieces),
         )

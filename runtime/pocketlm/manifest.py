@@ -55,9 +55,14 @@ class GraphIO:
     | --- | --- | --- |
     | input_ids | int64 | (batch, tokens) |
     | past_lengths | int32 | (batch): tokens in the cache before this step |
-    | logit_rows | int64 | (rows): which of the batch × tokens positions get logits |
+    | logit_rows | int64 | (rows): which of the batch × tokens positions get logits, or hidden states |
+    | hidden_rows | int64 | (1): the first so many of these rows get hidden states, the others logits |
     | past_key, past_value, present_key, present_value | kv_cache.type | kv_cache.layout |
-    | logits | float32 | (rows, vocabulary) |
+    | logits | float32 | (rows − hidden_rows, vocabulary) |
+    | hidden | float32 | (hidden_rows, hidden): what Hugging Face calls `last_hidden_state` |
+
+    hidden_rows may be left unfed, and is zero then. Bundles exported before there were hidden states have
+    neither name.
 
     `{layer}` in a cache name stands for 0 … layers − 1. Past and present are to be bound to one buffer, which
     is then written in place. With tokens in the cache, a batch has one row or one token a row.
@@ -71,6 +76,8 @@ class GraphIO:
     present_key: str = "present_key.{layer}"
     present_value: str = "present_value.{layer}"
     logits: str = "logits"
+    hidden_rows: str | None = None
+    hidden: str | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,10 @@ def parse_manifest(text: str, where: str = MANIFEST_NAME) -> Manifest:
         raise ManifestError(f"{where} has format version {version!r}, expected {FORMAT_VERSION}.")
     manifest: Manifest = parse_value(Manifest, data, "", where)
     _check_windows(manifest, where)
+    if (manifest.graph.hidden is None) != (manifest.graph.hidden_rows is None):
+        raise ManifestError(
+            f"{where}: graph has one of hidden and hidden_rows; both or neither are expected."
+        )
     for name in manifest.files:
         # A name with a separator would let a downloaded manifest point outside its folder.
         if not name or name in {".", "..", MANIFEST_NAME} or set(name) & set("/\\:\0"):

@@ -20,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketlm.compute_time import ComputeTime
 from pocketlm.constraint import Constraint
 from pocketlm.errors import PocketlmError
 from pocketlm.generate import Answer, Channel, FinishReason
@@ -97,6 +98,7 @@ class Scheduler:
         self._concurrency = concurrency
         self._queue_limit = queue_limit
         self._reproducible = reproducible
+        self._time = ComputeTime()
         self._changed = Condition()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # the engine's thread alone changes it
@@ -149,6 +151,12 @@ class Scheduler:
         """How many requests are under way, and how many wait."""
         return len(self._running), len(self._waiting)
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the engine's thread has computed so far, for answers (`Timings.compute_s`) and for
+        nobody: what was called between steps, and the settling of answers that have ended."""
+        return self._time.busy_s
+
     def _start(self) -> None:
         """Has the thread look at what is about to change. The lock is held."""
         if self._closed:
@@ -185,7 +193,8 @@ class Scheduler:
 
     def _step(self) -> None:
         while self._calls:
-            self._calls.popleft()()
+            with self._time.spent_on():
+                self._calls.popleft()()
         self._drop()
         self._admit()
         self._prefill_one()
@@ -245,7 +254,7 @@ class Scheduler:
             # The last token's logits are in no cache, so it stays to be computed, and one more with it, so
             # that they are computed as in any prompt (see `KVCache`).
             known = request.prompt[: max(0, len(request.prompt) - 2)] if request.cache_prompt else []
-            with self._ending(request):  # where there is no memory
+            with self._ending(request), self._time.spent_on(request.channel):  # fails where memory is short
                 request.cache = cache = self._pool.take(known)
                 self._unsettled = deque(each for each in self._unsettled if each[0] is not cache)
                 request.channel.cached_tokens = len(cache)
@@ -257,7 +266,7 @@ class Scheduler:
             return
         begun = time.perf_counter()
         start, end = next(passes(len(request.cache), len(request.prompt), self._chunk))
-        with self._ending(request):
+        with self._ending(request), self._time.spent_on(request.channel):
             logits = self._session.forward(request.prompt[start:end], request.cache)
             request.channel.prefill_s += time.perf_counter() - begun
             if end == len(request.prompt):
@@ -276,7 +285,7 @@ class Scheduler:
         ]
         if self._reproducible or len(ready) == 1:
             for request in ready:
-                with self._ending(request):
+                with self._ending(request), self._time.spent_on(request.channel):
                     self._decode_alone(request)
         elif ready:
             with self._ending(*ready):
@@ -293,10 +302,11 @@ class Scheduler:
 
     def _decode_together(self, requests: Sequence[Request]) -> None:
         newest = {each.cache: each.newest for each in requests if each.cache and each.newest is not None}
-        self._pool.gather(newest)
-        logits = self._session.forward_each(newest)
+        with self._time.spent_on(*(each.channel for each in requests)):
+            self._pool.gather(newest)
+            logits = self._session.forward_each(newest)
         for request, row in zip(requests, logits, strict=True):
-            with self._ending(request):
+            with self._ending(request), self._time.spent_on(request.channel):
                 self._take_tokens(request, row[None])
 
     def _decode_alone(self, request: Request) -> None:
@@ -360,7 +370,8 @@ class Scheduler:
             (self._running if request in self._running else self._waiting).remove(request)
         try:
             if request.cache is not None:
-                self._leave(request, request.cache, failed=error is not None)
+                with self._time.spent_on(request.channel):
+                    self._leave(request, request.cache, failed=error is not None)
         finally:  # whatever happens, nobody must wait for ever
             request.end(reason, error)
 
@@ -382,6 +393,7 @@ class Scheduler:
         chunk = ids[known : known + self._chunk]
         if len(chunk) < 2 or not known or cache.ids != ids[:known]:  # it may have lost its place meanwhile
             return
-        with contextlib.suppress(Exception):  # nobody waits for it: then the next turn computes it
+        # Nobody waits for it: where it fails, the next turn computes it.
+        with contextlib.suppress(Exception), self._time.spent_on():
             self._session.forward(chunk, cache)
             self._unsettled.appendleft((cache, ids))

@@ -1,4 +1,4 @@
-"""ONNX Runtime: options, buffers bound once, and `forward(ids, cache) → logits`."""
+"""ONNX Runtime: options, buffers bound once, and `forward(ids, cache) → logits`, or hidden states."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ import onnxruntime as ort
 ort.disable_telemetry_events()
 
 
+class NoHiddenStatesError(BundleError):
+    """A bundle whose graph gives logits and nothing else."""
+
+
 class Session:
     """One graph on the CPU. Safe for several threads, each with a cache of its own."""
 
@@ -45,7 +49,7 @@ class Session:
         self.threads = threads
         self._io = io
         self._session = open_graph(graph, threads, spin_us)
-        self._bindings: WeakKeyDictionary[KVSlots, tuple[int, dict[tuple[int, int], _Binding]]] = (
+        self._bindings: WeakKeyDictionary[KVSlots, tuple[int, dict[tuple[int, int, bool], _Binding]]] = (
             WeakKeyDictionary()
         )
 
@@ -60,13 +64,22 @@ class Session:
         Returns the logits (rows, vocabulary) behind the positions `rows` of `ids`, by default the last
         one, in a buffer that the next call with this cache overwrites.
         """
-        past, count = len(cache), len(ids)
-        if past + count > cache.capacity:
-            raise ContextOverflowError(past + count, cache.capacity)
-        binding = self._binding(cache.slots, cache.index, 1)
-        logits = binding.run([ids], [past], [count - 1] if rows is None else rows)
-        cache.append(ids)
-        return logits
+        return self._append(ids, cache, rows)
+
+    def hidden(
+        self, ids: Sequence[int], cache: KVCache, rows: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """As `forward`, with hidden states (rows, hidden) in place of logits.
+
+        They are what the checkpoint's head reads, the last norm's output, whatever the bundle's precision.
+        Raises NoHiddenStatesError for a bundle that was exported before graphs gave them.
+        """
+        if self._io.hidden is None:
+            raise NoHiddenStatesError(
+                "The bundle gives no embeddings: it was exported before bundles did. Make it again with "
+                "pocketlm pull MODEL --force or pocketlm export."
+            )
+        return self._append(ids, cache, rows, hidden=True)
 
     def forward_each(self, ids: Mapping[KVCache, int]) -> NDArray[np.float32]:
         """Appends one token to each of several caches of the same slots, in one pass.
@@ -83,7 +96,7 @@ class Session:
         for cache in caches:
             if cache not in ids and len(cache) == cache.capacity:
                 cache.truncate(cache.capacity - 1)  # the token that does not count goes behind the others
-        logits = self._binding(slots, first, len(caches)).run(
+        logits = self._binding(slots, first, len(caches), hidden=False).run(
             [[ids.get(cache, 0)] for cache in caches],
             [len(cache) for cache in caches],
             [cache.index - first for cache in ids],
@@ -92,16 +105,27 @@ class Session:
             cache.append([token_id])
         return logits
 
-    def _binding(self, slots: KVSlots, first: int, count: int) -> _Binding:
+    def _append(
+        self, ids: Sequence[int], cache: KVCache, rows: Sequence[int] | None, *, hidden: bool = False
+    ) -> NDArray[np.float32]:
+        past, count = len(cache), len(ids)
+        if past + count > cache.capacity:
+            raise ContextOverflowError(past + count, cache.capacity)
+        binding = self._binding(cache.slots, cache.index, 1, hidden=hidden)
+        values = binding.run([ids], [past], [count - 1] if rows is None else rows)
+        cache.append(ids)
+        return values
+
+    def _binding(self, slots: KVSlots, first: int, count: int, *, hidden: bool) -> _Binding:
         version, bindings = self._bindings.get(slots, (None, {}))
         if version != slots.version:  # other buffers: those that are bound would keep the old ones alive
             bindings = {}
             self._bindings[slots] = (slots.version, bindings)
-        binding = bindings.get((first, count))
+        binding = bindings.get((first, count, hidden))
         if binding is None:
             buffer = slots.buffer[:, :, first : first + count]
-            binding = _Binding(self._session, self._io, self.dimensions, buffer)
-            bindings[first, count] = binding
+            binding = _Binding(self._session, self._io, self.dimensions, buffer, hidden=hidden)
+            bindings[first, count, hidden] = binding
         return binding
 
 
@@ -110,9 +134,16 @@ class _Binding:
     for each."""
 
     def __init__(
-        self, session: ort.InferenceSession, io: GraphIO, dimensions: Dimensions, buffer: NDArray[np.float32]
+        self,
+        session: ort.InferenceSession,
+        io: GraphIO,
+        dimensions: Dimensions,
+        buffer: NDArray[np.float32],
+        *,
+        hidden: bool,
     ) -> None:
-        """`buffer` (layers, key or value, slots, kv_heads, capacity, head_dim)"""
+        """`buffer` (layers, key or value, slots, kv_heads, capacity, head_dim); `hidden` is whether all rows
+        get hidden states, and no logits."""
         self._session = session
         self._io = io
         self._binding = session.io_binding()
@@ -125,10 +156,15 @@ class _Binding:
             # Past and present in one buffer: the attention node then writes in place.
             self._binding.bind_ortvalue_output(io.present_key.format(layer=layer), key)
             self._binding.bind_ortvalue_output(io.present_value.format(layer=layer), value)
-        self._vocabulary = dimensions.vocabulary
+        self._hidden_rows: NDArray[np.int64] | None = None
+        self._output, self._width = io.logits, dimensions.vocabulary
+        if hidden and io.hidden is not None and io.hidden_rows is not None:
+            self._hidden_rows = np.zeros(1, np.int64)
+            self._bind_input(io.hidden_rows, self._hidden_rows)
+            self._output, self._width = io.hidden, dimensions.hidden
         self._ids = np.empty((0, 0), np.int64)
         self._rows = np.empty(0, np.int64)
-        self._logits = np.empty((0, 0), np.float32)
+        self._values = np.empty((0, 0), np.float32)
 
     def run(
         self, ids: Sequence[Sequence[int]], past: Sequence[int], rows: Sequence[int]
@@ -139,14 +175,16 @@ class _Binding:
             self._bind_input(self._io.input_ids, self._ids)
         if self._rows.size != len(rows):
             self._rows = np.empty(len(rows), np.int64)
-            self._logits = np.empty((len(rows), self._vocabulary), np.float32)
+            self._values = np.empty((len(rows), self._width), np.float32)
             self._bind_input(self._io.logit_rows, self._rows)
-            self._binding.bind_ortvalue_output(self._io.logits, _shared(self._logits))
+            self._binding.bind_ortvalue_output(self._output, _shared(self._values))
+            if self._hidden_rows is not None:
+                self._hidden_rows[:] = len(rows)
         self._ids[:] = ids
         self._rows[:] = rows
         self._past_lengths[:] = past
         self._session.run_with_iobinding(self._binding)
-        return self._logits
+        return self._values
 
     def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
         self._binding.bind_ortvalue_input(name, _shared(array))

@@ -39,6 +39,7 @@ class Settings(TypedDict, total=False):
     grammar: str | Grammar | None  # the answer follows this Lark grammar, or one that is built already
     tools: Sequence[Mapping[str, Any]]  # functions that the model may call, in the form of the OpenAI API
     tool_choice: str | Mapping[str, Any] | None  # "auto", "none", "required" or one function
+    parallel_tool_calls: bool  # False: one call in an answer at most
     overflow: Overflow  # "slide" leaves the oldest messages out where a conversation outgrows the context
     timeout_s: float | None  # from now; the answer then ends as it is
     speculate: bool  # False: no drafts
@@ -62,6 +63,7 @@ class AnswerSettings:
     grammar: Grammar | None = None
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = NO_TOOLS
+    parallel_tool_calls: bool = True
     overflow: Overflow = "error"
     timeout_s: float | None = None
     speculate: bool = True

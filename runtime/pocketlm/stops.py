@@ -22,14 +22,15 @@ class StopMatcher:
         # A lone string is a sequence of its characters to Python, which nobody means.
         self._automata = [_Automaton(stop) for stop in ([stops] if isinstance(stops, str) else stops)]
         self._held = ""
-        self._stopped = False
+        self.stop: str | None = None
+        """The stop string that was completed."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that is safe to emit now, and whether a stop string has been completed.
 
         The stop string itself and what follows it are never emitted.
         """
-        if self._stopped:
+        if self.stop is not None:
             return "", True
         if not self._automata:
             return text, False
@@ -37,7 +38,7 @@ class StopMatcher:
         for end, character in enumerate(text, start=len(self._held) + 1):
             completed = max(automaton.step(character) for automaton in self._automata)
             if completed:
-                self._held, self._stopped = "", True
+                self._held, self.stop = "", pending[end - completed : end]
                 return pending[: end - completed], True
         safe = len(pending) - max(automaton.matched for automaton in self._automata)
         self._held = pending[safe:]

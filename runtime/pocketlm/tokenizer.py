@@ -114,7 +114,9 @@ class Tokenizer:
                 f"the text has a lone surrogate, {error.object[error.start]!r}, at position {error.start}; "
                 "only well-formed unicode can be encoded. Remove it, or read the text as UTF-8."
             ) from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # Of the library's calls only those for several texts leave the interpreter to other threads.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         add_bos = self._tokens.add_bos if add_bos is None else add_bos
         return [bos, *ids] if add_bos and bos is not None else ids
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 
 from helpers.trees import write_tree
+from pocketlm.device import Machine, Memory
 from pocketlm_benchmarks import device
 from pocketlm_benchmarks.device import describe_device, power_source, throttle_count
 
@@ -54,7 +53,6 @@ PI_CPUINFO = (
     "CPU implementer\t: 0x41\nCPU part\t: 0xd0b\n\nprocessor\t: 1\nCPU implementer\t: 0x41\n\n"
     "Model\t\t: Raspberry Pi 5 Model B Rev 1.0"
 )
-JETSON_CPUINFO = "processor\t: 0\nFeatures\t: fp asimd i8mm bf16 sve\nCPU implementer\t: 0x41"
 
 
 @linux_only
@@ -86,13 +84,6 @@ class TestLinux:
         assert (found.physical_cores, found.logical_cores) == (None, 2)
         assert (found.microcode, found.governor, found.turbo) == (None, None, None)
         assert (found.power_source, found.thermal_throttles) == (None, None)
-
-    def test_a_board_that_only_its_device_tree_names(self, tmp_path: Path) -> None:
-        write_tree(tmp_path, {"proc/cpuinfo": JETSON_CPUINFO})
-        write_tree(tmp_path, {"proc/device-tree/model": "NVIDIA Jetson Orin Nano\0"})
-        found = describe_device(tmp_path)
-        assert found.processor == "NVIDIA Jetson Orin Nano"
-        assert found.features == ["asimd", "i8mm", "bf16", "sve"]
 
     def test_a_machine_that_tells_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(platform, "processor", lambda: "")
@@ -138,51 +129,6 @@ class TestLinux:
         assert describe_device(tmp_path).turbo is turbo
 
     @pytest.mark.parametrize(
-        ("files", "hypervisor"),
-        [
-            ({}, "unknown"),
-            ({"sys/class/dmi/id/sys_vendor": "QEMU"}, "QEMU"),
-            ({"sys/class/dmi/id/sys_vendor": "VMware, Inc."}, "VMware"),
-            ({"sys/class/dmi/id/sys_vendor": "Amazon EC2"}, "Amazon EC2"),
-            ({"sys/class/dmi/id/product_name": "Google Compute Engine"}, "Google Compute Engine"),
-            (
-                {
-                    "sys/class/dmi/id/sys_vendor": "Microsoft Corporation",
-                    "sys/class/dmi/id/product_name": "Virtual Machine",
-                },
-                "Hyper-V",
-            ),
-            ({"sys/hypervisor/type": "xen"}, "Xen"),
-            ({"proc/sys/kernel/osrelease": "5.15.167.4-microsoft-standard-WSL2"}, "WSL"),
-        ],
-    )
-    def test_hypervisors_behind_the_flag(
-        self, files: dict[str, object], hypervisor: str, tmp_path: Path
-    ) -> None:
-        write_tree(tmp_path, {"proc/cpuinfo": "processor : 0\nflags : fpu hypervisor avx2", **files})
-        assert describe_device(tmp_path).virtual_machine == hypervisor
-
-    @pytest.mark.parametrize(
-        ("files", "hypervisor"),
-        [
-            ({"proc/device-tree/hypervisor/compatible": "linux,kvm\0"}, "KVM"),
-            ({"sys/class/dmi/id/product_name": "KVM Virtual Machine"}, "KVM"),
-            (
-                {"sys/class/dmi/id/product_name": "Apple Virtualization Generic Platform"},
-                "Apple Virtualization",
-            ),
-            ({"sys/class/dmi/id/sys_vendor": "Amazon EC2"}, None),  # a bare-metal instance
-            ({"sys/class/dmi/id/sys_vendor": "Microsoft Corporation"}, None),  # a Surface
-            ({"sys/class/dmi/id/sys_vendor": "Google"}, None),  # a Chromebook
-        ],
-    )
-    def test_hypervisors_without_a_flag(
-        self, files: dict[str, object], hypervisor: str | None, tmp_path: Path
-    ) -> None:
-        write_tree(tmp_path, {"proc/cpuinfo": JETSON_CPUINFO, **files})
-        assert describe_device(tmp_path).virtual_machine == hypervisor
-
-    @pytest.mark.parametrize(
         ("supplies", "source"),
         [
             ({}, None),
@@ -205,125 +151,22 @@ class TestLinux:
         assert throttle_count(tmp_path) is None
 
 
-SYSCTL = """hw.ncpu: 8
-hw.model: MacBookAir10,1
-hw.optional.AdvSIMD: 1
-hw.optional.arm.FEAT_DotProd: 1
-hw.optional.arm.FEAT_I8MM: 0
-hw.optional.arm.FEAT_BF16: 0
-machdep.cpu.brand_string: Apple M1
-kern.hv_vmm_present: {}"""
-
-
-class TestMacos:
-    @pytest.fixture
-    def commands(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
-        """What programs print, by name; to be filled."""
-        printed: dict[str, str | None] = {}
-        monkeypatch.setattr(sys, "platform", "darwin")
-        monkeypatch.setattr(platform, "machine", lambda: "arm64")
-        monkeypatch.setattr(platform, "processor", lambda: "arm")
-        monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
-        monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
-        monkeypatch.setattr(psutil, "sensors_battery", lambda: SimpleNamespace(power_plugged=False))
-        monkeypatch.setattr(device, "command_output", lambda command: printed.get(Path(command[0]).name))
-        return printed
-
-    def test_apple_silicon(self, commands: dict[str, str | None]) -> None:
-        commands["sysctl"] = SYSCTL.format(0)
-        found = describe_device()
-        assert (found.processor, found.architecture, found.system) == ("Apple M1", "arm64", "macOS 15.1")
-        assert found.features == ["asimd", "asimddp"]
-        assert found.physical_cores == 4
-        assert (found.virtual_machine, found.microcode, found.power_source) == (None, None, "battery")
-
-    def test_a_virtual_machine(self, commands: dict[str, str | None]) -> None:
-        commands["sysctl"] = SYSCTL.format(1)
-        assert describe_device().virtual_machine == "unknown"
-
-    def test_without_sysctl(self, commands: dict[str, str | None]) -> None:
-        commands["sysctl"] = None
-        found = describe_device()
-        assert (found.processor, found.features, found.virtual_machine) == ("arm", [], None)
-
-
-class TestWindows:
+class TestElsewhere:
     @pytest.fixture(autouse=True)
-    def windows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = Machine("Test Processor", "arm64", ("asimd",), "A System 1.0", "0x1", None)
         monkeypatch.setattr(sys, "platform", "win32")
-        monkeypatch.setattr(platform, "machine", lambda: "AMD64")
-        monkeypatch.setattr(platform, "processor", lambda: "Intel64 Family 6")
-        monkeypatch.setattr(platform, "system", lambda: "Windows")
-        monkeypatch.setattr(platform, "version", lambda: "10.0.22631")
-        monkeypatch.setattr(psutil, "sensors_battery", lambda: SimpleNamespace(power_plugged=True))
-        present = SimpleNamespace(IsProcessorFeaturePresent=lambda number: number in {38, 39, 40})
-        monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=present), raising=False)
+        monkeypatch.setattr(device, "describe_machine", lambda root: found)
+        monkeypatch.setattr(device, "memory", lambda root: Memory(None, None))
 
-    @pytest.fixture
-    def registry(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-        """Values by the last part of their key; to be filled."""
-        keys: dict[str, dict[str, Any]] = {}
-
-        class Key:
-            def __init__(self, hive: str, path: str) -> None:
-                if (name := path.rpartition("\\")[2]) not in keys:
-                    raise FileNotFoundError(path)
-                self.entries = list(keys[name].items())
-
-            def __enter__(self) -> Key:
-                return self
-
-            def __exit__(self, *error: object) -> None: ...
-
-        winreg = SimpleNamespace(
-            HKEY_LOCAL_MACHINE="HKLM",
-            OpenKey=Key,
-            QueryInfoKey=lambda key: (0, len(key.entries), 0),
-            EnumValue=lambda key, number: (*key.entries[number], 1),
-        )
-        monkeypatch.setitem(sys.modules, "winreg", winreg)
-        return keys
-
-    @pytest.mark.parametrize(
-        ("revision", "microcode"),
-        [
-            (b"\0\0\0\0\x35\x04\0\0", "0x435"),
-            (b"\x12\x34\0\0\0\0\0\0", "0x3412"),
-            (b"\0" * 8, None),
-            (7, None),
-        ],
-    )
-    def test_a_machine(
-        self, revision: object, microcode: str | None, registry: dict[str, dict[str, Any]]
-    ) -> None:
-        registry["0"] = {"ProcessorNameString": "AMD Ryzen 7 7840U  ", "Update Revision": revision}
-        registry["BIOS"] = {"SystemManufacturer": "Framework", "SystemProductName": "Laptop 13"}
+    def test_cores_memory_and_power(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
+        monkeypatch.setattr(os, "cpu_count", lambda: 8)
+        monkeypatch.setattr(psutil, "sensors_battery", lambda: SimpleNamespace(power_plugged=False))
         found = describe_device()
-        assert (found.processor, found.architecture) == ("AMD Ryzen 7 7840U", "x86_64")
-        assert found.features == ["sse4_2", "avx", "avx2"]
-        assert (found.microcode, found.virtual_machine, found.power_source) == (microcode, None, "mains")
-        assert found.system == "Windows 10.0.22631"
-
-    def test_a_virtual_machine(self, registry: dict[str, dict[str, Any]]) -> None:
-        registry["BIOS"] = {
-            "SystemManufacturer": "Microsoft Corporation",
-            "SystemProductName": "Virtual Machine",
-        }
-        assert describe_device().virtual_machine == "Hyper-V"
-
-    @pytest.mark.usefixtures("registry")
-    def test_a_registry_that_tells_nothing(self) -> None:
-        found = describe_device()
-        assert (found.processor, found.microcode) == ("Intel64 Family 6", None)
-
-
-def test_another_system_tells_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "freebsd14")
-    monkeypatch.setattr(platform, "processor", lambda: "")
-    monkeypatch.setattr(psutil, "sensors_battery", lambda: None)
-    found = describe_device()
-    assert found.processor == platform.machine()
-    assert (found.features, found.power_source, found.microcode) == ([], None, None)
+        assert (found.processor, found.features, found.microcode) == ("Test Processor", ["asimd"], "0x1")
+        assert (found.physical_cores, found.logical_cores, found.power_source) == (4, 8, "battery")
+        assert found.memory_bytes == psutil.virtual_memory().total
 
 
 def test_a_battery_of_which_nobody_knows_the_plug(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ class FakeStream:
             token_ids=tuple(range(n)),
             finish_reason=reason,
             usage=Usage(prompt_tokens=12, cached_tokens=2, completion_tokens=n),
-            timings=Timings(0.02, 0.1, 0.5, 0.12, 0.6, 100.0, None if n == 0 else n / 0.5, 8, 3),
+            timings=Timings(0.02, 0.1, 0.5, 0.12, 0.6, 100.0, None if n == 0 else n / 0.5, 8, 3, 0.4),
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pocketlm.manifest import Dimensions, GraphIO, Source, Tokens
+from pocketlm.bundle import TEMPLATE_NAME, write_manifest
+from pocketlm.manifest import Dimensions, GraphIO, Source, Tokens, read_manifest
 from pocketlm.session import Session
 from pocketlm.sources import SourceFiles
 from pocketlm_exporters.architectures import architecture_of
@@ -34,7 +37,9 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+TEMPLATE_WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}<tool_call>" + TEMPLATE
 VOCABULARY = 256 + len(MERGES) + len(SPECIALS)
+GRAPH = GraphIO(hidden_rows="hidden_rows", hidden="hidden")
 END_OF_TEXT, IM_START, IM_END = range(VOCABULARY - len(SPECIALS), VOCABULARY)
 
 CONFIG: dict[str, Any] = {
@@ -156,6 +161,14 @@ def tiny_bundle(
     return folder / precision
 
 
+def bundle_with_tools(bundle: Path, folder: Path, name: str = "tiny") -> Path:
+    """A copy of `bundle` in `folder`, with a template that shows tools, in the form of Qwen and Hermes."""
+    shutil.copytree(bundle, folder)
+    (folder / TEMPLATE_NAME).write_text(TEMPLATE_WITH_TOOLS, encoding="utf-8")
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), name=name))
+    return folder
+
+
 def read_weights(checkpoint: Checkpoint) -> DecoderWeights:
     return architecture_of(checkpoint).read(checkpoint)
 
@@ -180,9 +193,9 @@ def float_session(checkpoint: Checkpoint, weights: DecoderWeights, folder: Path)
     embedding = FloatEmbedding(weights.embedding, weights.config.vocabulary, weights.config.hidden)
     linears: dict[str, LinearEmitter] = {path: FloatLinear(each) for path, each in weights.linears.items()}
     linears.setdefault("head", TiedFloatHead(embedding))
-    graph = architecture_of(checkpoint).decoder(weights, embedding, linears, GraphIO())
+    graph = architecture_of(checkpoint).decoder(weights, embedding, linears, GRAPH)
     graph.save(folder, "model.onnx", "model.onnx.data")
-    return Session(folder / "model.onnx", dimensions_of(weights), GraphIO(), threads=1)
+    return Session(folder / "model.onnx", dimensions_of(weights), GRAPH, threads=1)
 
 
 def run(session: Session, ids: Sequence[int], sizes: Sequence[int] | None = None) -> Array:

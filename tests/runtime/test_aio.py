@@ -192,6 +192,7 @@ class TestSignatures:
             (AsyncModel.streams, Model.streams),
             (AsyncModel.generate, Model.generate),
             (AsyncModel.chat, Model.chat),
+            (AsyncModel.embed, Model.embed),
             (AsyncModel.save_prefix, Model.save_prefix),
             (AsyncModel.load_prefix, Model.load_prefix),
             (AsyncModel.close, Model.close),

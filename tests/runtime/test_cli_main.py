@@ -64,7 +64,7 @@ def test_help_lists_the_commands_in_order_and_what_is_plugged_in(plug: Callable[
     result = plug(raising(ValueError()), "--help")
     assert result.exit_code == 0
     listed = [line.split()[0] for line in result.stdout.split("Commands:")[1].splitlines() if line.strip()]
-    assert listed == ["run", "chat", "pull", "list", "show", "rm", "tune", "plug"]
+    assert listed == ["run", "chat", "pull", "list", "show", "rm", "tune", "doctor", "ps", "serve", "plug"]
     assert "Plugged in." in result.stdout
 
 

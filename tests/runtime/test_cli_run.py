@@ -202,6 +202,7 @@ def test_json_is_one_object_and_nothing_else(model: FakeModel) -> None:
             "decode_tokens_per_s": 2.0,
             "drafted_tokens": 8,
             "accepted_tokens": 3,
+            "compute_s": 0.4,
         },
     }
 

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers
 from helpers.awkward_schemas import REFUSED, SCHEMAS, record
 from helpers.tiny import END_OF_TEXT, IM_END, IM_START, VOCABULARY, tokenizer_json
 from pocketlm.constraint import Constraint, ConstraintError, ConstraintFactory, Grammar
+from pocketlm.constraint.lark_tokens import parts_of_tokens
 from pocketlm.errors import InvalidSettingError, MissingExtraError
 from pocketlm.manifest import Tokens
 from pocketlm.tokenizer import Tokenizer
@@ -255,8 +256,14 @@ def test_broken_grammars(make: Any, text: Any, message: str) -> None:
 
 def test_a_doubling_terminal_ends_in_an_error() -> None:
     rules = "\n".join(f"R{n}: R{n + 1} R{n + 1}" for n in range(40))
-    with pytest.raises(InvalidSettingError, match="too big"):
+    with pytest.raises(InvalidSettingError, match="tokens of more than 5,000 parts"):
         Grammar.lark(f'start: R0\n{rules}\nR40: "a"')
+
+
+def test_parts_of_tokens() -> None:
+    text = 'start: A\nA: B B\nB: "C D" /A B/ // A A\n  | C # D\nC: "x"i'
+    assert parts_of_tokens(text) == len("ABCBC") + len("BC") + len("C")
+    assert parts_of_tokens('start: A\nA: B "x"\nB: A') == 0  # llguidance says where the circle is
 
 
 def test_a_doubling_rule_ends_in_an_error() -> None:

@@ -70,6 +70,16 @@ class TestAnswers:
         assert len(pieces) == 12
         assert len({piece.token_id for piece in pieces}) > 3  # no model that always says the same
 
+    def test_the_engines_time_is_its_answers(self, int8_bundle: Path) -> None:
+        with Model(open_bundle(int8_bundle)) as model:
+            assert model.busy_s == 0
+            answers = [stream.finish() for stream in model.streams(PROMPT, 3, max_tokens=5, ignore_eos=True)]
+            busy_s = model.busy_s
+        times = [answer.timings.compute_s for answer in answers]
+        assert min(times) > 0
+        assert sum(times) == pytest.approx(busy_s)
+        assert model.busy_s == pytest.approx(busy_s)
+
     def test_generate_is_what_the_stream_comes_to(self, model: Model) -> None:
         stream = model.stream(PROMPT, max_tokens=9, logit_bias=LETTERS)
         pieces = list(stream)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import jsonschema
 import pytest
 
 import pocketlm
-from helpers.tiny import TEMPLATE
-from pocketlm.bundle import TEMPLATE_NAME, write_manifest
+from helpers.tiny import bundle_with_tools
 from pocketlm.errors import InvalidSettingError, PromptError
-from pocketlm.manifest import read_manifest
 
 SCHEMA = {
     "type": "object",
@@ -29,17 +26,12 @@ PAINT = {
     "type": "function",
     "function": {"name": "paint", "description": "Paints.", "parameters": SCHEMA},
 }
-WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}<tool_call>" + TEMPLATE
 
 
 @pytest.fixture(scope="module")
 def caller(int8_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle with a template that shows tools."""
-    folder = tmp_path_factory.mktemp("caller") / "bundle"
-    shutil.copytree(int8_bundle, folder)
-    (folder / TEMPLATE_NAME).write_text(WITH_TOOLS, encoding="utf-8")
-    write_manifest(folder, read_manifest(folder))
-    return folder
+    return bundle_with_tools(int8_bundle, tmp_path_factory.mktemp("caller") / "bundle")
 
 
 @pytest.mark.parametrize("speculate", [True, False])

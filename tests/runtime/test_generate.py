@@ -162,7 +162,7 @@ class TestTimings:
         stream = Stream(channel)
         clock[0] += 2
         channel.begun_at = clock[0]
-        channel.cached_tokens, channel.prefill_s = 2, 4.0
+        channel.cached_tokens, channel.prefill_s, channel.compute_s = 2, 4.0, 6.0
         clock[0] += 5
         put(channel, "A")
         for _ in range(3):
@@ -175,6 +175,7 @@ class TestTimings:
         timings = stream.completion.timings
         assert (timings.queue_s, timings.prefill_s, timings.ttft_s) == (2, 4, 7)
         assert (timings.decode_s, timings.total_s) == (1.5, 8.5)
+        assert timings.compute_s == 6
         assert timings.prefill_tokens_per_s == 5 / 4
         assert timings.decode_tokens_per_s == 3 / 1.5
 

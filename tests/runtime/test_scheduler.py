@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
+from helpers.powercap import Clock
 from helpers.scripted_session import (
     PATIENCE_S,
     Gate,
@@ -28,6 +29,7 @@ from helpers.scripted_session import (
     wait_for,
 )
 from helpers.tiny import END_OF_TEXT, VOCABULARY
+from pocketlm.compute_time import ComputeTime
 from pocketlm.errors import PocketlmError
 from pocketlm.generate import READ_AHEAD, Stream
 from pocketlm.kv_cache import KVCache
@@ -835,3 +837,89 @@ class TestReproducible:
             ids = engine.ids(A, limit=6)
             again = engine.stream([*A, *ids, 50], limit=1).finish()
             assert again.usage.cached_tokens == 8
+
+
+class TestComputeTime:
+    """Whose the engine's seconds are. The clock moves with the passes only: a second for each."""
+
+    @pytest.fixture
+    def engine(self) -> Iterator[tuple[ScriptedEngine, Clock]]:
+        clock = Clock()
+
+        def compute(each: Pass) -> None:
+            clock.now_s += 1
+
+        with ScriptedEngine(ScriptedSession(on_pass=compute), chunk=4) as engine:
+            engine.scheduler._time = ComputeTime(clock)
+            yield engine, clock
+
+    @staticmethod
+    def compute_s(*streams: Stream) -> list[float]:
+        return [stream.completion.timings.compute_s for stream in streams]
+
+    def test_of_an_answer_that_is_alone_is_all(self, engine: tuple[ScriptedEngine, Clock]) -> None:
+        stream = engine[0].stream(range(50, 60), limit=5)
+        read(stream)
+        assert self.compute_s(stream) == [3 + 4]  # chunks of the prompt, and tokens behind the first
+        assert engine[0].scheduler.busy_s == 7
+
+    def test_of_answers_that_share_passes_adds_up(self, engine: tuple[ScriptedEngine, Clock]) -> None:
+        requests = [engine[0].request(prompt, limit=4) for prompt in (A, B, C)]
+        streams = [Stream(request.channel) for request in requests]
+        engine[0].scheduler.submit(*requests)
+        for stream in streams:
+            read(stream)
+        shares = self.compute_s(*streams)
+        assert sum(shares) == pytest.approx(engine[0].scheduler.busy_s)
+        assert len(engine[0].session.passes) < 12  # some were shared
+        assert all(1 < share < 4 for share in shares)
+
+    def test_of_sampling_is_that_requests(self, engine: tuple[ScriptedEngine, Clock]) -> None:
+        clock = engine[1]
+
+        class Slow(Sampler):
+            def sample(self, logits: Any) -> Sampled:
+                clock.now_s += 10
+                return super().sample(logits)
+
+        slow = engine[0].request(A, limit=3, sampler=Slow(Sampling(), VOCABULARY, ()))
+        other = engine[0].request(B, limit=3)
+        streams = [Stream(slow.channel), Stream(other.channel)]
+        engine[0].scheduler.submit(slow, other)
+        for stream in streams:
+            read(stream)
+        slow_s, other_s = self.compute_s(*streams)
+        assert slow_s + other_s == engine[0].scheduler.busy_s
+        assert slow_s > 30
+        assert other_s <= 3
+
+    def test_of_settling_and_of_calls_is_nobodys(self, engine: tuple[ScriptedEngine, Clock]) -> None:
+        stream = engine[0].stream(A, limit=5, settle=True)
+        read(stream)
+        engine[0].idle()
+        assert self.compute_s(stream) == [5]
+        assert engine[0].scheduler.busy_s == 5 + 1
+
+        def work(_: KVPool) -> None:
+            engine[1].now_s += 3
+
+        engine[0].scheduler.call(work).result(PATIENCE_S)
+        engine[0].idle()
+        assert engine[0].scheduler.busy_s == 5 + 1 + 3
+
+    def test_of_a_pass_that_fails_counts(self) -> None:
+        clock = Clock()
+
+        def fail(each: Pass) -> None:
+            clock.now_s += 2
+            raise RuntimeError("broken")
+
+        with ScriptedEngine(ScriptedSession(on_pass=fail)) as engine:
+            engine.scheduler._time = ComputeTime(clock)
+            stream = engine.stream(A)
+            with pytest.raises(RuntimeError, match="broken"):
+                read(stream)
+            assert self.compute_s(stream) == [2]
+            assert engine.scheduler.busy_s == 2
+            engine.scheduler.close()
+            assert engine.scheduler.busy_s == 2

@@ -26,7 +26,7 @@ from pocketlm_exporters.decoder import Array, DecoderConfig, DecoderWeights, Lay
 from pocketlm_exporters.graph.attention import Apart, attention, in_sequences, read_step
 from pocketlm_exporters.graph.builder import GraphBuilder
 from pocketlm_exporters.graph.embedding import EmbeddingEmitter, flat
-from pocketlm_exporters.graph.head import output_logits, select_rows
+from pocketlm_exporters.graph.head import output_rows, select_rows
 from pocketlm_exporters.graph.linear import LinearEmitter
 from pocketlm_exporters.graph.mlp import geglu
 from pocketlm_exporters.graph.norm import add_rms_norm, rms_norm
@@ -69,12 +69,14 @@ def read(checkpoint: Checkpoint) -> DecoderWeights:
         }
         norms[f"{layer}.query_norm"] *= attention_scale
         linears |= layer_linears(tensors, config, n)
+    hidden_map: Array | None = None
     if is_tied(checkpoint):
         norms["final_norm"] /= scale
+        hidden_map = np.full(config.hidden, scale, np.float32)
     else:
         linears["head"] = tensors.packed({"lm_head": config.vocabulary}, config.hidden)
     table = tensors.packed({"model.embed_tokens": config.vocabulary}, config.hidden)
-    return DecoderWeights(config, lambda: table.weight() * scale, linears, norms)
+    return DecoderWeights(config, lambda: table.weight() * scale, linears, norms, hidden_map)
 
 
 def decoder(
@@ -106,7 +108,7 @@ def decoder(
         qkv = in_sequences(g, qkv, step, f"{layer}.sequences")
         heads = _heads(g, qkv, weights, rotary[config.attention[n].inverse_frequencies], layer)
         attended = attention(g, heads, n, config, io, step)
-        if n == config.layers - 1:  # from here on only the rows that get logits matter
+        if n == config.layers - 1:  # from here on only the rows that are asked for matter
             attended = select_rows(g, attended, rows, "last.attended")
             residual = select_rows(g, residual, rows, "last.residual")
         output = linears[f"{layer}.output"](g, attended, f"{layer}.output")
@@ -118,7 +120,7 @@ def decoder(
         down = norm(down, f"{layer}.mlp_post_norm")
         following = "final_norm" if n == config.layers - 1 else f"layers.{n + 1}.attention_norm"
         normed, residual = add_norm(down, residual, following)
-    output_logits(g, normed, linears["head"], config, io)
+    output_rows(g, normed, linears["head"], weights, io)
     return g
 
 

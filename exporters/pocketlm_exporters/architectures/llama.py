@@ -22,7 +22,7 @@ from pocketlm_exporters.decoder import Array, DecoderConfig, DecoderWeights, Lay
 from pocketlm_exporters.graph.attention import Packed, attention, in_sequences, read_step
 from pocketlm_exporters.graph.builder import GraphBuilder
 from pocketlm_exporters.graph.embedding import EmbeddingEmitter, flat
-from pocketlm_exporters.graph.head import output_logits, select_rows
+from pocketlm_exporters.graph.head import output_rows, select_rows
 from pocketlm_exporters.graph.linear import LinearEmitter
 from pocketlm_exporters.graph.mlp import swiglu
 from pocketlm_exporters.graph.norm import add_rms_norm, rms_norm
@@ -81,7 +81,7 @@ def decoder(
         qkv = linears[f"{layer}.qkv"](g, normed, f"{layer}.qkv")
         heads = Packed(in_sequences(g, qkv, step, f"{layer}.heads"), tables)
         attended = attention(g, heads, n, config, io, step)
-        if n == config.layers - 1:  # from here on only the rows that get logits matter
+        if n == config.layers - 1:  # from here on only the rows that are asked for matter
             attended = select_rows(g, attended, rows, "last.attended")
             residual = select_rows(g, residual, rows, "last.residual")
         output = linears[f"{layer}.output"](g, attended, f"{layer}.output")
@@ -91,7 +91,7 @@ def decoder(
         down = linears[f"{layer}.down"](g, hidden, f"{layer}.down")
         following = "final_norm" if n == config.layers - 1 else f"layers.{n + 1}.attention_norm"
         normed, residual = add_norm(down, residual, following)
-    output_logits(g, normed, linears["head"], config, io)
+    output_rows(g, normed, linears["head"], weights, io)
     return g
 
 

@@ -31,6 +31,12 @@ class GraphBuilder:
         self._inputs.append(value)
         return value
 
+    def optional_input(self, name: str, default: NDArray[Any]) -> ir.Value:
+        """An input that has the value `default` where nothing is fed."""
+        value = self.constant(name, default)
+        self._inputs.append(value)
+        return value
+
     def output(
         self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str | None]
     ) -> None:

@@ -34,11 +34,13 @@ def rotate(weights: DecoderWeights) -> DecoderWeights:
     # A tied head takes part of its own: norm and rotation make it differ from the embedding.
     head = weights.linears.get("head") or Linear(config.vocabulary, config.hidden, weights.embedding)
     linears["head"] = _reader(head, norms["final_norm"], rotation)
+    hidden_map: Array = rotation.T * norms["final_norm"]
     return replace(
         weights,
         embedding=lambda: weights.embedding() @ rotation,
         linears=linears,
         norms={path: np.ones_like(norm) for path, norm in norms.items()},
+        hidden_map=hidden_map if weights.hidden_map is None else hidden_map * weights.hidden_map,
     )
 
 

@@ -20,7 +20,7 @@ from typing import IO, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pocketlm.cli import chat, console, models, run, tune
+from pocketlm.cli import chat, console, doctor, models, ps, run, serve, tune
 from pocketlm.errors import MissingExtraError, PocketlmError
 
 COMMANDS = "pocketlm.commands"
@@ -32,6 +32,7 @@ _HELP = """Small language models on the device in front of you.
   pocketlm run smollm2-135m "Why is the sky blue?"
   cat letter.txt | pocketlm run smollm2-135m "Summarise this letter:"
   pocketlm chat smollm2-135m
+  pocketlm serve smollm2-135m
 """
 
 
@@ -59,8 +60,20 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_global_options)
-    for command in (run.run, chat.chat, models.pull, models.list_, models.show, models.rm, tune.tune):
+    for command in (
+        run.run,
+        chat.chat,
+        models.pull,
+        models.list_,
+        models.show,
+        models.rm,
+        tune.tune,
+        doctor.doctor,
+        ps.ps,
+    ):
         app.command(name=command.__name__.rstrip("_"))(command)
+    # A service is set up by its environment; what runs once and answers is not.
+    app.command(context_settings={"auto_envvar_prefix": serve.ENVIRONMENT})(serve.serve)
     for point in sorted(entry_points(group=COMMANDS), key=lambda point: point.name):
         _plug_in(app, point)
     return app

@@ -228,11 +228,7 @@ def as_object(model: Model, completion: Completion, reading: Reading) -> dict[st
             "total_tokens": completion.usage.total_tokens,
         },
         "timings": {"load_s": model.load_s, **dataclasses.asdict(completion.timings)},
-        "energy": {
-            field.name: getattr(reading, field.name)
-            for field in dataclasses.fields(reading)
-            if field.name != "parts_j"
-        },
+        "energy": reading.as_object(),
     }
 
 

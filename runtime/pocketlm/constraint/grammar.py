@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pocketlm.constraint.json_schema import Schema, checked, locate
+from pocketlm.constraint.lark_tokens import parts_of_tokens
 from pocketlm.errors import InvalidSettingError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 MAX_DEFINITIONS = 1000  # llguidance follows them by recursion
 MAX_CHARACTERS = 1 << 14  # of a regex or a Lark grammar: the cost of a regex can grow with its square
+MAX_TOKEN_PARTS = 5000  # of all tokens of a Lark grammar, written out
 MAX_CHOICES = 1000  # of a choice; a parser's row holds 2,000 items
 
 # One line, spaced as json.dumps and the chat templates' tojson do, which is what models have read most of.
@@ -83,6 +85,11 @@ class Grammar:
         if definitions > MAX_DEFINITIONS:
             raise InvalidSettingError(
                 f"grammar has {definitions:,} definitions, at most {MAX_DEFINITIONS:,} are possible."
+            )
+        if parts_of_tokens(own) > MAX_TOKEN_PARTS:
+            raise InvalidSettingError(
+                f"grammar has tokens of more than {MAX_TOKEN_PARTS:,} parts, when those that they are made "
+                "of are written out. Make rules of some: names of rules are in small letters."
             )
         return cls.lark_text("grammar", text)
 

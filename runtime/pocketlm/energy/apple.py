@@ -40,6 +40,7 @@ class AppleProbe:
     kind: Kind = "measured"
     resolution_j: float | None = 1e-3
     least_window_s = 10.0
+    quick = True
 
     def __init__(self, monitor: Any, clock: Callable[[], float] = time.monotonic) -> None:
         """monitor: a zeus_apple_silicon.AppleEnergyMonitor."""

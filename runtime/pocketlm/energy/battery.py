@@ -40,13 +40,13 @@ def find(
     """
     if platform == "darwin":
         read_power_w = _MacBattery(run).read_power_w
-        interval_s, least_window_s = IOREG_INTERVAL_S, IOREG_WINDOW_S
+        interval_s, least_window_s, held_s = IOREG_INTERVAL_S, IOREG_WINDOW_S, IOREG_INTERVAL_S / 2
     elif platform in ("linux", "android"):
         batteries = _batteries(root)
         if not batteries:
             return Absent(SOURCE, "there is no battery here")
         read_power_w = _SysfsBatteries(root, batteries).read_power_w
-        interval_s, least_window_s = SYSFS_INTERVAL_S, SYSFS_WINDOW_S
+        interval_s, least_window_s, held_s = SYSFS_INTERVAL_S, SYSFS_WINDOW_S, 0.0
     else:
         return Absent(SOURCE, f"pocketlm cannot read a battery on {platform}")
     try:
@@ -55,7 +55,15 @@ def find(
         return Absent(SOURCE, str(error), "unplug the charger and measure on battery")
     except (OSError, ValueError, ToolError) as error:
         return Absent(SOURCE, str(error))
-    return SampledProbe(SOURCE, "device", "measured", read_power_w, interval_s, least_window_s=least_window_s)
+    return SampledProbe(
+        SOURCE,
+        "device",
+        "measured",
+        read_power_w,
+        interval_s,
+        least_window_s=least_window_s,
+        held_s=held_s,
+    )
 
 
 class _SysfsBatteries:

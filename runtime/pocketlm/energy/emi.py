@@ -150,6 +150,7 @@ class EmiProbe:
     # Software Developer's Manual, volume 3B, "RAPL Interfaces").
     resolution_j: float | None = 2.0**-14
     least_window_s = 10.0
+    quick = True
 
     def __init__(self, meters: Sequence[Meter], clock: Callable[[], float] = time.perf_counter) -> None:
         self._meters = tuple(meters)

@@ -43,6 +43,7 @@ class CpuEstimate:
     scope: Scope = "process"
     kind: Kind = "estimated"
     least_window_s = 1.0  # a hundred of the system's ticks
+    quick = True
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class MeterLog:
     kind: Kind = "measured"
     resolution_j: float | None = None
     least_window_s = 60.0
+    quick = False  # the end reads the whole log
 
     def __init__(
         self,

@@ -54,7 +54,13 @@ def find(run: RunTool = run_tool) -> SampledProbe | Absent:
     except ValueError as error:
         return Absent(SOURCE, str(error))
     return SampledProbe(
-        SOURCE, "board", "measured", read_power_w, INTERVAL_S, flags=lambda: (BEYOND_THE_RAILS,)
+        SOURCE,
+        "board",
+        "measured",
+        read_power_w,
+        INTERVAL_S,
+        held_s=INTERVAL_S / 2,
+        flags=lambda: (BEYOND_THE_RAILS,),
     )
 
 

@@ -150,6 +150,7 @@ class PowermetricsProbe:
     kind: Kind = "measured"
     resolution_j: float | None = None
     least_window_s = 10.0  # frames are means over adjoining intervals, so nothing is missed between them
+    quick = False  # the first window waits for the tool, and each end for its last frame
 
     def __init__(
         self,

@@ -87,6 +87,7 @@ class RaplProbe:
     scope: Scope = "package"
     resolution_j: float | None = 2**-14  # Intel's default unit; AMD's is finer
     least_window_s = 10.0
+    quick = True
 
     def __init__(
         self, zones: tuple[Zone, ...], *, virtual: bool = False, clock: Callable[[], float] = time.monotonic

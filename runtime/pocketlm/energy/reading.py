@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Scope = Literal["wall", "device", "board", "soc", "package", "gpu", "process"]
 """What the joules cover: the plug; the whole device on battery; a board's rails; a system on a chip; a
@@ -53,6 +53,10 @@ class Reading:
         """Mean power over the window."""
         return None if self.energy_j is None or self.duration_s <= 0 else self.energy_j / self.duration_s
 
+    def as_object(self) -> dict[str, Any]:
+        """As JSON has it, in the command line and in the server's answers: without the parts."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "parts_j"}
+
 
 class Window(Protocol):
     """A measurement under way."""
@@ -84,6 +88,12 @@ class Probe(Protocol):
     @property
     def least_window_s(self) -> float:
         """The shortest window that gives a figure to trust."""
+        ...
+
+    @property
+    def quick(self) -> bool:
+        """Whether `begin()` and `end()` only read counters, within about a millisecond, so that an event loop
+        may call them. Others wait for a sensor, a program or a file."""
         ...
 
     def begin(self) -> Window: ...

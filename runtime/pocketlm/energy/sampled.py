@@ -1,8 +1,9 @@
 """Power sensors: watts, read at intervals and integrated into joules.
 
 `SampledProbe` needs only a function that reads the power of each rail now. While a window is open, one daemon
-thread for all windows takes a sample every `interval_s`; `begin()` and `end()` each take one more, so that a
-window is integrated from edge to edge. Windows that touch add up to the window around them, exactly.
+thread for all windows takes a sample every `interval_s`; `begin()` and `end()` each take one more, or make do
+with a fresh one (`held_s`), so that a window is integrated from edge to edge. Windows that touch add up to
+the window around them, exactly.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class SampledProbe:
     """A probe over a power sensor."""
 
     resolution_j: float | None = None
+    quick = False  # a sample may start a program or wait on a slow bus
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class SampledProbe:
         total: Callable[[Mapping[str, float]], float] = sum_of_rails,
         least_window_s: float = 60.0,
         longest_gap_s: float | None = None,
+        held_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         flags: Callable[[], Sequence[str]] | None = None,
     ) -> None:
@@ -66,6 +69,8 @@ class SampledProbe:
         total: what the probe stands for, in watts, from the rails; they may overlap or be incomplete.
         longest_gap_s: the longest time between two good samples that a straight line may bridge; a window
             with a longer one has no joules. Default: 5 intervals, at least a second.
+        held_s: the edge of a window makes do with a sample that is no older. For a read that costs so much
+            that many windows a minute would disturb what they measure.
         flags: what a reader has to know, asked with each sample; a window's reading carries all it saw.
 
         A test gives a `clock` of its own and an interval of hours, and calls `sample_now()`.
@@ -81,6 +86,9 @@ class SampledProbe:
         self._total = total
         self._flags = flags
         self._interval_s = interval_s
+        self._held_s = held_s
+        # With its flags; None too where a read has failed since.
+        self._newest: tuple[_Sample, Sequence[str]] | None = None
         self._clock = clock
         # Weak, so that the thread ends although its caller lost a window to an exception.
         self._windows: WeakSet[SampledWindow] = WeakSet()
@@ -95,7 +103,7 @@ class SampledProbe:
                 window._spoiled = "the probe was closed before the window"
                 return window
             self._windows.add(window)
-            self.sample_now()
+            self._sample_edge()
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._sample_until_idle, name=f"pocketlm-energy-{self.source}", daemon=True
@@ -107,6 +115,7 @@ class SampledProbe:
         """Takes one sample for all open windows. Returns the time it stands for, on the probe's clock."""
         with self._state:
             now_s = self._clock()
+            self._newest = None
             try:
                 sample = self._sample(now_s)
                 flags = self._flags() if self._flags else ()
@@ -118,9 +127,21 @@ class SampledProbe:
                 for window in self._windows:
                     window._failure = _describe(error)
             else:
+                self._newest = sample, flags
                 for window in self._windows:
                     window._add(sample, flags)
             return now_s
+
+    def _sample_edge(self) -> float:
+        """A sample where a window begins or ends. Returns the time it stands for."""
+        if self._newest is None or self._clock() - self._newest[0].t_s >= self._held_s:
+            return self.sample_now()
+        sample, flags = self._newest
+        now_s = self._clock()
+        # For all windows, so that those that touch add up as they do with a sample of their own.
+        for window in self._windows:
+            window._add(replace(sample, t_s=now_s), flags)
+        return now_s
 
     def close(self) -> None:
         """Ends the thread for good. A window still open, or begun later, has no joules."""
@@ -152,7 +173,7 @@ class SampledProbe:
 
     def _end(self, window: SampledWindow) -> Reading:
         with self._state:
-            now_s = self.sample_now() if window in self._windows else self._clock()
+            now_s = self._sample_edge() if window in self._windows else self._clock()
             self._windows.discard(window)
             if not self._windows:
                 self._state.notify_all()

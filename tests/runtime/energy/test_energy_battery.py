@@ -288,7 +288,9 @@ class TestMac:
         texts = [IOREG, IOREG, IOREG.replace('"ExternalConnected" = No', '"ExternalConnected" = Yes')]
         found = battery.find(platform="darwin", run=lambda command: texts.pop(0))
         assert isinstance(found, SampledProbe)
-        reading = found.begin().end()
+        window = found.begin()
+        found.sample_now()
+        reading = window.end()
         found.close()
         assert (reading.energy_j, reading.reason) == (None, "a charger is plugged in")
 

@@ -188,10 +188,13 @@ def test_the_public_names_are_these() -> None:
         "Reading",
         "SampledProbe",
         "Scope",
+        "SharedMeter",
+        "SharedWindow",
         "Window",
         "WindowSpoiledError",
         "energy_between",
         "find_probe",
         "process_cpu_seconds",
+        "share_of",
         "virtual_machine",
     ]

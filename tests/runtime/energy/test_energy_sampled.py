@@ -63,6 +63,44 @@ def test_a_trapezoid_from_edge_to_edge() -> None:
     assert fake.resolution_j is None
 
 
+class TestHeldSamples:
+    """Edges of windows that make do with the newest sample."""
+
+    def test_a_fresh_one_serves_all_windows(self) -> None:
+        clock, sensor = Clock(), Sensor(rail=2.0)
+        fake = probe(sensor, clock, held_s=1.0, flags=lambda: ("beware",))
+        around = fake.begin()
+        first = fake.begin()
+        clock.now_s += 0.5
+        sensor.now = {"rail": 8.0}
+        one, next_one = first.end(), fake.begin()
+        assert sensor.reads == 1
+        assert (one.energy_j, one.duration_s, one.flags) == (1.0, 0.5, ("beware",))
+        clock.now_s += 0.5  # now it is too old
+        other = next_one.end()
+        assert sensor.reads == 2
+        assert other.energy_j == pytest.approx(0.5 * (2.0 + 8.0) / 2)
+        assert around.end().energy_j == pytest.approx(1.0 + 2.5)
+
+    def test_none_is_held_behind_a_read_that_failed(self) -> None:
+        clock, sensor = Clock(), Sensor(rail=2.0)
+        fake = probe(sensor, clock, held_s=1.0)
+        fake.begin()
+        sensor.now = OSError("gone")
+        fake.sample_now()
+        fake.begin().end()
+        assert sensor.reads == 4
+
+    def test_a_held_one_closes_no_gap(self) -> None:
+        clock, sensor = Clock(), Sensor(rail=2.0)
+        fake = probe(sensor, clock, held_s=1.0, longest_gap_s=2.0)
+        window = fake.begin()
+        clock.now_s += 0.9
+        fake.begin().end()
+        clock.now_s += 2.1
+        assert "no sample for 2.1 s" in str(window.end().reason)
+
+
 def test_the_end_counts_once() -> None:
     clock = Clock()
     window = probe(Sensor(rail=1.0), clock).begin()

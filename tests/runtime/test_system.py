@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.trees import write_tree
-from pocketlm_benchmarks.system import command_output, fields, read_int, read_text
+from pocketlm.system import command_output, fields, read_int, read_text
 
 
 @pytest.mark.parametrize(
