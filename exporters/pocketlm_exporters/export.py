@@ -332,6 +332,7 @@ class _Export:
                 quality=quality,
                 files={},
                 exporter=f"pocketlm {importlib.metadata.version('pocketlm')}",
+                parameters=_parameters(self._weights),
             ),
         )
 
@@ -349,6 +350,15 @@ def _ever_more(sensitive: Sequence[str]) -> Iterator[Sequence[str]]:
 def _windows(config: DecoderConfig) -> tuple[int | None, ...] | None:
     windows = tuple(layer.sliding_window for layer in config.attention)
     return windows if any(windows) else None
+
+
+def _parameters(weights: DecoderWeights) -> int:
+    """Weights of all matrices and norms. Biases, which few models have, are not counted."""
+    of = weights.config
+    attention = 2 * of.hidden * of.head_dim * (of.heads + of.kv_heads)
+    tables = 2 if "head" in weights.linears else 1
+    matrices = of.layers * (attention + 3 * of.hidden * of.intermediate) + tables * of.vocabulary * of.hidden
+    return matrices + sum(norm.size for norm in weights.norms.values())
 
 
 def _dimensions(weights: DecoderWeights) -> Dimensions:

@@ -389,6 +389,8 @@ class Model:
                 "describe the tools in a message and constrain the answer."
             )
         tools = [tool.as_dict() for tool in settings.tools]
+        if settings.tool_choice.mode == "none" and not self.tokenizer.has_tools:
+            tools = []  # nothing is asked of them
 
         def encode(some: Sequence[Message]) -> list[int]:
             return self.tokenizer.encode_chat(some, tools=tools)
@@ -401,8 +403,9 @@ class Model:
         try:
             kept, dropped = fit(messages, lambda some: len(encode(some)), limit)
         except ContextOverflowError as error:  # a long last message: the answer then gets what room it leaves
-            limit = min(error.prompt_tokens, self.context_length - 1)
-            kept, dropped = fit(messages, lambda some: len(encode(some)), limit)
+            if error.prompt_tokens >= self.context_length:
+                raise ContextOverflowError(error.prompt_tokens, self.context_length) from None
+            kept, dropped = fit(messages, lambda some: len(encode(some)), error.prompt_tokens)
         return encode(kept), dropped
 
     def _read(self, prompt: Prompt, *, system: str | None, raw: bool) -> list[int] | list[Message]:

@@ -41,7 +41,16 @@ from pocketlm.progress import Progress, silent
 from pocketlm.sources import Request, SourceFiles, local_request
 from pocketlm_models import CatalogueEntry, HubSource, catalogue
 
-__all__ = ["SourceFiles", "cached_bundles", "fetch_source", "find_bundle", "home", "pull", "remove"]
+__all__ = [
+    "SourceFiles",
+    "cached_bundles",
+    "check_name",
+    "fetch_source",
+    "find_bundle",
+    "home",
+    "pull",
+    "remove",
+]
 
 DEFAULT_PRECISION = "int8"
 PRECISIONS: tuple[str, ...] = get_args(get_type_hints(Precision)["name"])
@@ -84,6 +93,17 @@ class _Wanted:
     folder: Path
 
 
+def check_name(name_or_path: str | Path, *, precision: str | None = None) -> None:
+    """Whether `find_bundle` knows what is meant: offline, nothing is fetched and no weights are read.
+
+    Raises ModelNotFoundError, CheckpointError, InvalidSettingError, and BundleError for a bundle folder that
+    is incomplete.
+    """
+    found = _resolved(name_or_path, precision)
+    if isinstance(found, Path):
+        _as_it_is(found, precision, False, silent)
+
+
 def find_bundle(
     name_or_path: str | Path,
     *,
@@ -97,15 +117,9 @@ def find_bundle(
 
     Raises BundleError if a bundle is damaged (`pull` makes it again, this does not), and what `pull` raises.
     """
-    _check_precision(precision)
-    if (folder := _bundle_folder(name_or_path)) is not None:
-        return _as_it_is(folder, precision, verify, progress)
-    try:
-        wanted = _wanted(name_or_path, precision)
-    except ModelNotFoundError:
-        if (folder := _cached_under(str(name_or_path), precision)) is None:
-            raise
-        return _as_it_is(folder, precision, verify, progress)
+    wanted = _resolved(name_or_path, precision)
+    if isinstance(wanted, Path):
+        return _as_it_is(wanted, precision, verify, progress)
     with contextlib.suppress(BundleError):  # looked at again below: another process may be replacing it
         if _sound_origin(wanted, progress, verify=verify):
             return wanted.folder
@@ -246,6 +260,19 @@ def _as_it_is(folder: Path, precision: str | None, verify: bool, progress: Progr
             "out, or name the model's source."
         )
     return folder
+
+
+def _resolved(name: str | Path, precision: str | None) -> _Wanted | Path:
+    """A source, or the folder of a bundle that is used as it is."""
+    _check_precision(precision)
+    if (folder := _bundle_folder(name)) is not None:
+        return folder
+    try:
+        return _wanted(name, precision)
+    except ModelNotFoundError:
+        if (folder := _cached_under(str(name), precision)) is None:
+            raise
+        return folder
 
 
 def _wanted(name: str | Path, precision: str | None) -> _Wanted:

@@ -159,6 +159,7 @@ class Manifest:
     quality: Quality | None
     files: dict[str, FileEntry]
     exporter: str
+    parameters: int | None = None  # of the model as it was trained; a head that is the embedding counts once
 
     @property
     def bytes(self) -> int:

@@ -78,6 +78,7 @@ class Answer:
     energy: dict[str, Any] | None = field(default_factory=lambda: MEASURED)
     prompt_tokens: int = 40
     pause_s: float = 0.0  # between pieces
+    end: Hold | None = None  # between the last event and the end of the body
 
 
 MODELS = [
@@ -150,9 +151,11 @@ class FakeChatServer:
         return StreamingResponse(self._stream(answer, body), media_type="text/event-stream")
 
     def _refused(self, request: Request) -> Response | None:
-        if self.key is None or request.headers.get("Authorization") == f"Bearer {self.key}":
+        given = request.headers.get("Authorization")
+        if self.key is None or given == f"Bearer {self.key}":
             return None
-        return _refusal(Fail(401, "An API key is needed."))
+        code = "invalid_api_key" if given else "missing_api_key"
+        return _refusal(Fail(401, "Send it as `Authorization: Bearer KEY`.", code))
 
     async def _stream(self, answer: Answer, body: dict[str, Any]) -> AsyncIterator[bytes]:
         yield b": ping\n\n"
@@ -161,14 +164,10 @@ class FakeChatServer:
         for step in answer.steps:
             match step:
                 case Hold():
-                    try:
-                        while not step.is_set():
-                            await asyncio.sleep(0.005)
-                    except asyncio.CancelledError:  # the client went away
-                        self.abandoned.append(body)
-                        raise
+                    await self._wait(step, body)
                 case Fail():
                     yield _event(step.body)
+                    await self._wait(answer.end, body)
                     return
                 case Drop():
                     return
@@ -179,6 +178,15 @@ class FakeChatServer:
         yield _chunk(body, {}, answer.finish)
         yield _event({"model": _model(body), "choices": [], **_costs(answer, pieces)})
         yield b"data: [DONE]\n\n"
+        await self._wait(answer.end, body)
+
+    async def _wait(self, hold: Hold | None, body: dict[str, Any]) -> None:
+        try:
+            while hold is not None and not hold.is_set():
+                await asyncio.sleep(0.005)
+        except asyncio.CancelledError:  # the client went away
+            self.abandoned.append(body)
+            raise
 
 
 def _model(body: dict[str, Any]) -> str:

@@ -18,7 +18,10 @@ MODEL = "smollm2-135m"
 @pytest.fixture(scope="session")
 def pulled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
     """A catalogue name → its bundle; POCKETLM_TEST_HOME keeps it (and the download) from run to run."""
-    home = os.environ.get("POCKETLM_TEST_HOME") or str(tmp_path_factory.mktemp("home"))
+    base = tmp_path_factory.getbasetemp()
+    # Tests that run side by side share it: the first exports, the others wait for its lock.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    home = os.environ.get("POCKETLM_TEST_HOME") or str(shared / "home")
 
     def pull_or_skip(name: str) -> Path:
         try:

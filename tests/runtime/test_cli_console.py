@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 
@@ -65,6 +66,46 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("number", "text"), [(0, "0 tokens"), (1, "1 token"), (2048, "2,048 tokens")])
 def test_counts_agree_with_their_noun(number: int, text: str) -> None:
     assert console.count(number, "token") == text
+
+
+ROWS = {"Chat page": "http://127.0.0.1:1/", "Empty": "", "API": "word " * 20}
+
+
+def test_rows_have_no_blanks_behind_them(capsys: pytest.CaptureFixture[str]) -> None:
+    console.note_rows(ROWS)
+    console.note_rows({})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["Chat page  http://127.0.0.1:1/", "Empty", "API        " + "word " * 19 + "word"]
+
+
+@pytest.mark.parametrize(
+    ("dim", "first"),
+    [
+        ("names", "\x1b[2mChat page  \x1b[0mhttp://127.0.0.1:1/"),
+        ("texts", "Chat page  \x1b[2mhttp://127.0.0.1:1/\x1b[0m"),
+    ],
+)
+def test_rows_on_a_terminal(
+    dim: Literal["names", "texts"], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = on_a_terminal(monkeypatch)
+    console.note_rows(ROWS, dim=dim)
+    lines = terminal.getvalue().splitlines()
+    assert lines[0] == first
+    plain = [re.sub(r"\x1b\[\d*m", "", line) for line in lines]
+    assert len(plain) == 4
+    assert all(len(line) <= 80 for line in plain)
+    assert plain[3].startswith(" " * 11 + "word")
+
+
+def test_the_cursor_comes_back_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.show_cursor()
+    assert capsys.readouterr().err == ""
+    terminal = on_a_terminal(monkeypatch)
+    console.show_cursor()
+    assert terminal.getvalue() == "\x1b[?25h"
 
 
 # Progress

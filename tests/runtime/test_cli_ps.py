@@ -210,7 +210,10 @@ def test_somebody_else(server: Server, body: Any) -> None:
     assert "is not a server of pocketlm" in result.stderr
 
 
-@pytest.mark.parametrize(("status", "told"), [(404, "not a server of pocketlm"), (500, "with status 500")])
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [(404, "not a server of pocketlm"), (503, "is not ready"), (500, "with status 500")],
+)
 def test_an_error(server: Server, status: int, told: str) -> None:
     server.status = status
     result = ps("--url", server.url)

@@ -547,6 +547,14 @@ class TestLimits:
         assert dropped > 0
         assert len(chat.messages) == 29
 
+    def test_slide_cannot_cut_a_message(self, model: Model) -> None:
+        messages = [Message(role="user", content="A" * 600)]
+        for overflow in ("slide", "error"):
+            with pytest.raises(ContextOverflowError) as refusal:
+                model.generate(messages, overflow=overflow)
+            assert refusal.value.context_length == model.context_length
+            assert refusal.value.prompt_tokens > 600
+
     def test_slide_leaves_the_answer_to_a_long_message_its_room(self, model: Model) -> None:
         texts = {"user": "A" * 40, "assistant": "B" * 5}
         messages = [Message(role=role, content=text) for role, text in texts.items()]

@@ -107,3 +107,10 @@ def test_what_cannot_be_kept(
 def test_tools_need_messages(caller: Path) -> None:
     with pocketlm.load(caller) as model, pytest.raises(PromptError, match="give the prompt as messages"):
         model.generate([1, 2, 3], tools=[PAINT])
+
+
+def test_tools_that_no_call_is_asked_of_need_no_template(int8_bundle: Path) -> None:
+    with pocketlm.load(int8_bundle) as model:
+        without = model.generate("Paint!", tools=[PAINT], tool_choice="none", max_tokens=1)
+        plain = model.generate("Paint!", max_tokens=1)
+    assert without.usage.prompt_tokens == plain.usage.prompt_tokens

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
-from helpers.serving import PATIENCE_S, tiny_store
+from helpers.serving import PATIENCE_S, Running, running, tiny_store
+from pocketlm.aio import AsyncModel
 from pocketlm.energy import CpuEstimate, process_cpu_seconds
 from pocketlm.energy.sharing import SharedMeter
 from pocketlm.errors import InvalidSettingError
@@ -132,6 +136,41 @@ def test_a_client_that_goes_away_frees_its_slot(int8_bundle: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_client_that_goes_away_does_not_wait_for_its_model(
+    int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    requests: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": messages, "stream": True},
+        "/v1/completions": {"prompt": ["Hi", "Ho"]},
+        "/v1/responses": {"input": "Hi"},
+        "/v1/messages": {"messages": messages, "max_tokens": 5},
+        "/api/chat": {"messages": messages},
+        "/api/generate": {"prompt": "Hi"},
+    }
+
+    async def never(*_: Any, **__: Any) -> AsyncModel:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def wait_for(server: Running, waiting: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while server.service.store.states()[0].waiting != waiting:
+            assert time.monotonic() < deadline, f"{waiting} requests should wait"
+            time.sleep(0.002)
+
+    monkeypatch.setattr(AsyncModel, "load", never)
+    with running({"tiny": int8_bundle}) as server:
+        port = int(server.url.rpartition(":")[2])
+        for path, fields in requests.items():
+            body = json.dumps({"model": "tiny", **fields})
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+                connection.sendall(f"{head}{body}".encode())
+                wait_for(server, 1)
+            wait_for(server, 0)
+
+
 def test_limits_of_the_server(int8_bundle: Path) -> None:
     async def run() -> None:
         async with service_on(int8_bundle, max_answers=2, max_tokens=4) as service:
@@ -187,3 +226,15 @@ def test_prompts_are_logged_only_where_it_is_asked_for(
         assert "private" not in caplog.text
         asyncio.run(run(True))
         assert "A private matter" in caplog.text
+
+
+def test_embedding_has_the_time_that_answers_have(int8_bundle: Path) -> None:
+    async def run() -> None:
+        async with service_on(int8_bundle, answer_timeout_s=1e-9) as service:
+            with pytest.raises(ApiError, match="longer than the 1e-09 s of --answer-timeout") as refusal:
+                await service.embed("embeddings", "tiny", ["Hello"])
+            assert (refusal.value.status, refusal.value.code) == (503, "timeout")
+            await service.store.unload("tiny")
+            assert not service.store.states()[0].loaded
+
+    asyncio.run(run())

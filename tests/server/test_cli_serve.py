@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -22,6 +27,7 @@ from pocketlm.cli import build_app
 from pocketlm.cli import serve as command
 from pocketlm.network_lock import NetworkLock
 from pocketlm.server import access_log
+from pocketlm.server.addresses import elsewhere_url
 from pocketlm.server.config import DEFAULT_PORT, ModelOptions, ServerConfig
 
 PATIENCE_S = 60.0
@@ -204,6 +210,8 @@ def test_what_a_person_is_told(
     summary = command.summary(URL, ["a", "b"], ServerConfig(**config), lock)
     assert summary["Chat page"] == f"{URL}/"
     assert summary["Models"] == "a, b"
+    assert "Elsewhere" not in summary
+    assert all(len(f"Chat page  {text}") <= 80 for name, text in summary.items() if name != "Network")
     for name, text in told.items():
         assert summary[name].startswith(text)
     if lock is not None:
@@ -213,22 +221,60 @@ def test_what_a_person_is_told(
         )
 
 
+def test_other_devices_are_told_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def address(text: str, family: int = socket.AF_INET) -> Any:
+        return SimpleNamespace(family=family, address=text)
+
+    found = {
+        "lo": [address("127.0.0.1")],
+        "down": [address("192.0.2.1")],
+        "gone": [address("192.0.2.2")],
+        "eth0": [address("fe80::1", socket.AF_INET6), address("169.254.0.1"), address("192.0.2.3")],
+    }
+    states = {name: SimpleNamespace(isup=name != "down") for name in ("lo", "down", "eth0")}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: states)
+    everywhere = ServerConfig(host="0.0.0.0", api_keys=("k",))
+    assert elsewhere_url(ServerConfig(), URL) is None
+    assert elsewhere_url(ServerConfig(host="192.0.2.3", api_keys=("k",)), URL) is None
+    assert elsewhere_url(everywhere, URL) == "http://192.0.2.3:8642"
+    named = dataclasses.replace(everywhere, allowed_hosts=("*.lan", "models.lan"))
+    assert elsewhere_url(named, URL) == "http://models.lan:8642"
+    assert command.summary(URL, [], everywhere, None, "http://a:1")["Elsewhere"].startswith("http://a:1/ ")
+    del found["eth0"]
+    assert elsewhere_url(everywhere, URL) is None
+
+
+def test_no_address_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise PermissionError(1, "not allowed")
+
+    monkeypatch.setattr(psutil, "net_if_addrs", fail)
+    assert elsewhere_url(ServerConfig(host="::", api_keys=("k",)), URL) is None
+
+
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """The command in a process of its own, and the line of JSON that it prints when it is ready."""
+    with started("-m", "pocketlm", "serve", "--port", "0", "--json", *arguments) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        yield process, json.loads(line) if line else {}
+
+
+@contextmanager
+def started(*arguments: str, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
     paths = [str(ROOT / folder) for folder in ("models", "runtime")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("POCKETLM_")}
     with subprocess.Popen(
-        [sys.executable, "-m", "pocketlm", "serve", "--port", "0", "--json", *arguments],
-        env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+        [sys.executable, *arguments],
+        env={**environment, "PYTHONPATH": os.pathsep.join(paths), "TERM": "xterm"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     ) as process:
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            yield process, json.loads(line) if line else {}
+            yield process
         finally:
             process.kill()
 
@@ -260,7 +306,86 @@ def test_a_model_that_cannot_be_had_ends_it(tmp_path: Path) -> None:
         assert process.returncode == 1
     assert ready == {}
     assert "Check the path" in err
+    assert "Listening" not in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nope"], "no model 'nope'"),
+        (["smollm2-135m", "nope"], "no model 'nope'"),
+        (["smollm2-135m:int5"], "of 'smollm2-135m:int5' is 'int5', expected fp32 or int8 or"),
+        (["smollm2-135m", "--draft", "nope"], "no model 'nope'"),
+        ([], "in the cache to serve"),
+    ],
+)
+def test_names_are_checked_before_it_listens(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POCKETLM_HOME", str(tmp_path))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        result = CliRunner().invoke(
+            build_app(), ["serve", "--port", str(other.getsockname()[1]), *arguments], terminal_width=200
+        )
+    assert result.exit_code != 0
+    assert told in result.stderr
+    assert "in use" not in result.stderr
+
+
+SLOW_START = """
+import signal, sys, time
+from pocketlm.cli import main
+from pocketlm.server import launch
+
+def make_app(config, options, progress):
+    try:
+        while True:
+            progress("Converting", 1, 2, "layers")
+            print("busy", flush=True)
+            time.sleep(float(sys.argv.pop()) if len(sys.argv) > 3 else 0.02)
+    finally:
+        print("cleaned up", flush=True)
+
+launch.check_models = lambda options: None
+launch.make_app = make_app
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_is_broken_off(number: signal.Signals) -> None:
+    with started("-c", SLOW_START, "serve", "--port=0") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "busy\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 128 + number
+    assert out.splitlines()[-1] == "cleaned up"
+    assert err.splitlines()[1:] == ["Stopped before the server was ready."]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no pseudo-terminals")
+def test_a_start_that_is_stuck_leaves_the_cursor() -> None:
+    """The second Ctrl-C does not wait for a step that reports nothing."""
+    ours, theirs = os.openpty()
+    try:
+        with started("-c", SLOW_START, "serve", "--port=0", "600", stderr=theirs) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "busy\n"
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE_S) == 130
+        said = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "\x1b[?25l" in said
+    assert "\x1b[?25h" in said[said.rindex("\x1b[?25l") :]
+    assert "Stopped before the server was ready." in said
 
 
 def test_the_default_port_is_in_the_help() -> None:

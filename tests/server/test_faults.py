@@ -35,6 +35,7 @@ def faulty(int8_bundle: Path, tools_bundle: Path) -> Iterator[Running]:
     config = ServerConfig(port=0, body_timeout_s=0.5, send_timeout_s=0.5, answer_timeout_s=10.0)
     bundles = {"tiny": int8_bundle, "tiny-tools": tools_bundle}
     with running(bundles, config, concurrency=2, queue_limit=4) as server:
+        assert post(server, fields()).status_code == 200  # the model is loaded
         yield server
 
 
@@ -374,6 +375,14 @@ def engine(server: Running) -> Scheduler:
     return model.model._scheduler
 
 
+def transport_to(server: Running, client: socket.socket) -> Any:
+    """The server's side of a connection; None before it was accepted."""
+    transports = [each.transport for each in list(server.server.server_state.connections)]
+    return next(
+        (each for each in transports if each.get_extra_info("peername") == client.getsockname()), None
+    )
+
+
 def wanted(server: Running) -> int:
     """Requests in the engine that somebody waits for."""
     return sum(not each.channel.cancelled for each in engine(server)._requests())
@@ -426,10 +435,9 @@ def test_a_client_that_goes_while_it_waits_disturbs_nobody(alive: Running, steps
 
 def test_a_client_that_does_not_read_holds_nobody_up(alive: Running) -> None:
     with connected(alive, SO_RCVBUF=4096) as slow:
-        wait_for(lambda: bool(alive.server.server_state.connections))
-        for connection in alive.server.server_state.connections:
-            own = connection.transport.get_extra_info("socket")
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or the kernel takes all of it
+        wait_for(lambda: transport_to(alive, slow) is not None)
+        own = transport_to(alive, slow).get_extra_info("socket")
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or the kernel takes all of it
         body = json.dumps({**ENDLESS, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
         slow.sendall(http_post(body, f"Content-Length: {len(body)}"))
         wait_for(lambda: any(each.channel.paused for each in engine(alive)._requests()))

@@ -19,7 +19,7 @@ from pocketlm.errors import PocketlmError
 from pocketlm.manifest import read_manifest
 from pocketlm.server.answers import Answers
 from pocketlm.server.config import ServerConfig
-from pocketlm.server.ollama.descriptions import _parameters, _readable
+from pocketlm.server.ollama.descriptions import _readable
 from pocketlm.server.ollama.messages import ChatMessage, template_messages
 from pocketlm.server.ollama.times import nanoseconds, timestamp
 from pocketlm.tools import ToolChoice
@@ -415,7 +415,8 @@ def test_show_needs_no_loaded_model(int8_bundle: Path, tools_bundle: Path) -> No
 def test_parameters_are_counted(int8_bundle: Path) -> None:
     manifest = read_manifest(int8_bundle)
     layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96
-    assert _parameters(manifest) == 2 * layer + 2 * VOCABULARY * 64  # its head is a matrix of its own
+    norms = (2 * 2 + 1) * 64
+    assert manifest.parameters == 2 * layer + 2 * VOCABULARY * 64 + norms  # its head is a matrix of its own
     assert [_readable(n) for n in (7, 88_456, 134_500_000, 1_100_048_384)] == ["7", "88K", "134M", "1.1B"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import logging
 import os
 import signal
@@ -29,10 +30,10 @@ from helpers import serve_process
 from helpers.processes import ROOT, wait_for
 from pocketlm.server import http_protocol
 from pocketlm.server import serve as serve_module
-from pocketlm.server.access_log import ACCESS_LOGGER, configure_logging
+from pocketlm.server.access_log import ACCESS_LOGGER, PROMPTS_LOGGER, configure_logging
 from pocketlm.server.config import ServerConfig
 from pocketlm.server.security import protect
-from pocketlm.server.serve import ListenError, listen, serve, url_of
+from pocketlm.server.serve import ListenError, StoppedError, listen, serve, url_of
 
 PATIENCE_S = 20.0
 SHORT_S = 0.15
@@ -289,19 +290,55 @@ def test_a_start_that_fails_ends_the_server_with_its_error(step: str) -> None:
     assert tiny.events == ([] if step == "make_app" else ["opened", "closed"])
 
 
-def test_a_signal_ends_a_server_that_is_still_fetching() -> None:
-    fetching, over = threading.Event(), threading.Event()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_a_signal_breaks_off_can_clean_up(number: signal.Signals) -> None:
+    stopping, events = threading.Event(), []
 
     def make_app() -> Starlette:
-        fetching.set()
-        threading.Timer(0.1, end).start()
+        try:
+            os.kill(os.getpid(), number)
+            assert stopping.wait(PATIENCE_S)
+            raise InterruptedError("as the work's progress raises")
+        finally:
+            time.sleep(SHORT_S)
+            events.append("cleaned up")
+
+    with pytest.raises(StoppedError, match="before the server was ready") as caught:
+        serve(ServerConfig(port=0), make_app, stopping=stopping)
+    assert caught.value.signal_number == number
+    assert events == ["cleaned up"]
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_start_that_does_not_end_is_given_up(signals: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while, or at the second signal."""
+    monkeypatch.setattr(serve_module, "STOP_S", SHORT_S if signals == 1 else 600.0)
+    stopping, over = threading.Event(), threading.Event()
+
+    def make_app() -> Starlette:
+        end()
+        assert stopping.wait(PATIENCE_S)
+        if signals == 2:
+            end()
         over.wait(PATIENCE_S)
         raise AssertionError("nobody waits for this any more")
 
-    serve(ServerConfig(port=0), make_app)
-    assert fetching.is_set()
+    with pytest.raises(StoppedError):
+        serve(ServerConfig(port=0), make_app, stopping=stopping)
     assert not over.is_set()
     over.set()
+
+
+def test_a_signal_while_the_model_is_loaded() -> None:
+    tiny = Tiny()
+
+    async def load(_: Starlette) -> None:
+        end()
+        await asyncio.Event().wait()
+
+    with pytest.raises(StoppedError):
+        serve(tiny.config, lambda: tiny.app, load=load)
+    assert tiny.events == ["opened", "closed"]
 
 
 @pytest.mark.parametrize("sent", [b"", GET], ids=["nothing", "half a head"])
@@ -586,9 +623,36 @@ def test_log_levels(capsys: pytest.CaptureFixture[str], restored_logging: None) 
     assert [line.split(" ", 2)[2] for line in lines] == ["WARNING a remark"]
 
 
+def test_prompts_are_logged_at_any_level(capsys: pytest.CaptureFixture[str], restored_logging: None) -> None:
+    configure_logging("error")
+    logging.getLogger(PROMPTS_LOGGER).info("a prompt")
+    assert "a prompt" in capsys.readouterr().err
+
+
+def test_the_log_goes_where_standard_error_is_at_the_moment(
+    monkeypatch: pytest.MonkeyPatch, restored_logging: None
+) -> None:
+    configure_logging("info")
+    for_bars = io.StringIO()  # as rich has one while it draws
+    monkeypatch.setattr("sys.stderr", for_bars)
+    logging.getLogger(ACCESS_LOGGER).info("a request")
+    assert for_bars.getvalue().endswith(" INFO a request\n")
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, restored_logging: None
+) -> None:
+    configure_logging("info")
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed)
+    monkeypatch.setattr("logging.raiseExceptions", False)
+    logging.getLogger(ACCESS_LOGGER).info("a request")
+
+
 @pytest.fixture
 def restored_logging() -> Iterator[None]:
-    names = ("pocketlm", "uvicorn")
+    names = ("pocketlm", "uvicorn", PROMPTS_LOGGER)
     before = [(log, log.handlers, log.propagate, log.level) for log in map(logging.getLogger, names)]
     yield
     for log, handlers, propagate, level in before:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from pocketlm.files import readable_size
 
@@ -73,28 +73,36 @@ def note(message: str) -> None:
     err().print(_wrap(message), style="dim", soft_wrap=True)
 
 
-def _wrap(message: str) -> str:
-    """`message` in lines of whole words on a terminal; a long path stays in one piece, to be copied."""
+def _wrap(message: str, indent: int = 0) -> str:
+    """`message` in lines of whole words on a terminal; a long path stays in one piece, to be copied.
+    Lines after the first begin with `indent` blanks."""
     message = printable(message)
     if not sys.stderr.isatty():
         return message
     width = err().width
     return "\n".join(
-        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        textwrap.fill(
+            line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
         for line in message.splitlines()
     )
 
 
-def note_rows(rows: Mapping[str, str]) -> None:
-    """Names and what there is to say of them, in two columns on standard error."""
-    from rich.table import Table
+def note_rows(rows: Mapping[str, str], *, dim: Literal["names", "texts"] = "texts") -> None:
+    """Names and what there is to say of them, in two columns on standard error; one of them is dim."""
+    from rich.text import Text
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(style="dim")
-    for name, text in rows.items():
-        table.add_row(name, printable(text))
-    err().print(table)
+    console = err()
+    indent = max(map(len, rows), default=0) + 2
+    for name, said in rows.items():
+        text = Text(_wrap(f"{name:<{indent}}{said}".rstrip(), indent))
+        text.stylize("dim", *((0, indent) if dim == "names" else (indent,)))
+        console.print(text, soft_wrap=True)
+
+
+def show_cursor() -> None:
+    """Bring back the cursor, which a progress bar of a thread that has not ended may have hidden."""
+    err().show_cursor()
 
 
 def end_line() -> None:

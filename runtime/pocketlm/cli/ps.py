@@ -133,6 +133,10 @@ def _refusal(url: str, status: int, key: str | None) -> str:
         return f"the server at {url} wants {given}. Set POCKETLM_API_KEY, or give --api-key-file FILE."
     if status == 404 or status < 400:
         return _stranger(url)
+    if status == 503:
+        return (
+            f"the server at {url} is not ready: it fetches or loads its first model, or ends. Try again soon."
+        )
     return f"the server at {url} answered with status {status}. Its log says more."
 
 

@@ -6,10 +6,12 @@ import dataclasses
 import importlib.util
 import os
 import stat
+import sys
+import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -19,8 +21,10 @@ from pocketlm.quantities import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
     from pocketlm.network_lock import NetworkLock
+    from pocketlm.progress import Progress
     from pocketlm.server.answers import Service
     from pocketlm.server.config import ModelOptions, ServerConfig
+    from pocketlm.server.serve import StoppedError
 
 T = TypeVar("T")
 
@@ -195,21 +199,28 @@ def serve(
 def run(
     config: ServerConfig, model_options: ModelOptions, *, locks: bool, as_json: bool, open_page: bool
 ) -> None:
-    """Serves until it is told to end. Raises what `make_app` and `serve` raise."""
+    """Serves until it is told to end, and ends the process where that is before the server was ready. Raises
+    what `check_models`, `make_app` and `serve` raise."""
     from pocketlm.network_lock import lock_network
     from pocketlm.server import launch
+    from pocketlm.server.addresses import elsewhere_url
+    from pocketlm.server.serve import StoppedError
     from pocketlm.server.serve import serve as serve_app
 
+    launch.check_models(model_options)
+    stopping = threading.Event()
+    elsewhere: list[str | None] = [None]
     services: list[Service] = []  # one, as soon as the models' files are here
 
     def make_app() -> Any:
         with console.progress() as progress:
-            app = launch.make_app(config, model_options, progress)
+            app = launch.make_app(config, model_options, _until(stopping, progress))
         services.append(app.state.service)
         return app
 
     def listening(url: str) -> None:
         console.note(f"Listening at {url} ...")
+        elsewhere[0] = elsewhere_url(config, url)  # before the lock, which forbids asking for addresses
         if open_page:
             webbrowser.open(url)  # before the lock, which a browser would inherit
 
@@ -221,16 +232,44 @@ def run(
         served, network = [state.name for state in service.store.states()], service.network_lock
         if as_json:
             console.write_json(as_object(url, served, config, network), indent=None)
-        console.note_rows(summary(url, served, config, network))
+        console.note_rows(summary(url, served, config, network, elsewhere[0]), dim="names")
 
-    serve_app(
-        config,
-        make_app,
-        load=launch.load_first if model_options.names else None,
-        listening=listening,
-        lock=lock if locks else lambda: None,
-        ready=ready,
-    )
+    try:
+        serve_app(
+            config,
+            make_app,
+            load=launch.load_first if model_options.names else None,
+            listening=listening,
+            lock=lock if locks else lambda: None,
+            ready=ready,
+            stopping=stopping,
+        )
+    except StoppedError as stopped:
+        _end_process(stopped)
+
+
+class _StartCancelledError(Exception):
+    """Ends the start of a server that is to stop."""
+
+
+def _until(stopping: threading.Event, progress: Progress) -> Progress:
+    """`progress` until `stopping` is set: then the work that reports is broken off."""
+
+    def report(task: str, done: int, total: int, unit: str) -> None:
+        if stopping.is_set():
+            raise _StartCancelledError
+        progress(task, done, total, unit)
+
+    return report
+
+
+def _end_process(stopped: StoppedError) -> NoReturn:
+    console.show_cursor()
+    console.end_line()
+    console.note(str(stopped))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(128 + stopped.signal_number)
 
 
 def as_object(url: str, models: list[str], config: ServerConfig, lock: NetworkLock | None) -> dict[str, Any]:
@@ -244,25 +283,32 @@ def as_object(url: str, models: list[str], config: ServerConfig, lock: NetworkLo
     }
 
 
-def summary(url: str, models: list[str], config: ServerConfig, lock: NetworkLock | None) -> dict[str, str]:
-    """What a person is told when the server is ready."""
+def summary(
+    url: str,
+    models: list[str],
+    config: ServerConfig,
+    lock: NetworkLock | None,
+    elsewhere: str | None = None,
+) -> dict[str, str]:
+    """What a person is told when the server is ready; `elsewhere` is its URL for other devices."""
     if config.loopback:
         key = "needed" if config.api_keys else "not needed: only this machine can connect"
     else:
         key = f"needed: other machines can connect to {config.host}"
     return {
         "Chat page": f"{url}/",
-        "API": f"{url}/v1 (OpenAI), {url} (Anthropic, Ollama)",
+        **({} if elsewhere is None else {"Elsewhere": f"{elsewhere}/ (from other devices)"}),
+        "API": "/v1 (OpenAI), / (Anthropic, Ollama)",
         "Models": ", ".join(models),
         "API key": key,
         "Network": _network(lock),
-        "End": "with Ctrl-C; answers under way are finished, at a second Ctrl-C they are not",
+        "End": "Ctrl-C (twice: at once)",
     }
 
 
 def _network(lock: NetworkLock | None) -> str:
     if lock is None:
-        return "not locked, as --no-network-lock says; nothing here connects to other machines even so"
+        return "not locked, as --no-network-lock says; it connects nowhere even so"
     how = {
         "kernel": "locked by the kernel: this process cannot open connections",
         "python": f"locked for Python alone: {lock.reason}",

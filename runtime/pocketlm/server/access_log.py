@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ACCESS_LOGGER = "pocketlm.server.access"
+PROMPTS_LOGGER = "pocketlm.server.prompts"
 
 _PATH_LENGTH = 200
 
@@ -51,14 +53,29 @@ def _path(scope: Scope) -> str:
     return ascii((scope.get("raw_path") or scope["path"].encode())[:_PATH_LENGTH].decode("latin-1"))[1:-1]
 
 
+class _CurrentStderr(logging.Handler):
+    """Writes to the standard error of the moment: while progress bars are drawn, rich puts itself there and
+    keeps a line from being written into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
 def configure_logging(level: str) -> None:
     """Sends what the server has to say from `level` (of LOG_LEVELS) on to standard error."""
-    handler = logging.StreamHandler()
+    handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     ours, uvicorn = logging.getLogger("pocketlm"), logging.getLogger("uvicorn")
     for logger in (ours, uvicorn):
         logger.handlers = [handler]
         logger.propagate = False
     ours.setLevel(level.upper())
+    logging.getLogger(PROMPTS_LOGGER).setLevel(
+        logging.INFO
+    )  # whoever asks for prompts gets them at any level
     # Its lesser remarks are about malformed requests, which anybody can send, and about its own start.
     uvicorn.setLevel(logging.DEBUG if level == "debug" else logging.ERROR)

@@ -19,6 +19,7 @@ from pocketlm.energy.sharing import SharedMeter, SharedWindow
 from pocketlm.engine import Prompt
 from pocketlm.generate import Completion, Piece, Usage
 from pocketlm.network_lock import NetworkLock
+from pocketlm.server.access_log import PROMPTS_LOGGER
 from pocketlm.server.config import ServerConfig
 from pocketlm.server.errors import ApiError
 from pocketlm.server.event_stream import disconnected
@@ -31,7 +32,7 @@ T = TypeVar("T")
 MAX_TEXTS = 256
 """To embed in one request: enough for a batch, and the others' turn comes within seconds."""
 
-_prompts = logging.getLogger("pocketlm.server.prompts")
+_prompts = logging.getLogger(PROMPTS_LOGGER)
 
 
 class ClientGoneError(Exception):
@@ -219,7 +220,8 @@ class Service:
     ) -> tuple[str, Embeddings, Reading]:
         """The model's name, the vectors of `texts` and what they have cost.
 
-        Raises ApiError for too many texts, and whatever `acquire` and `Model.embed` raise.
+        Raises ApiError for too many texts and for those that take longer than answers may, and whatever
+        `acquire` and `Model.embed` raise.
         """
         if len(texts) > MAX_TEXTS:
             raise ApiError(
@@ -231,8 +233,13 @@ class Service:
             window = self._meter.begin()
             compute_s = 0.0
             try:
-                embeddings = await lease.model.embed(texts)
+                async with asyncio.timeout(self.config.answer_timeout_s):
+                    embeddings = await lease.model.embed(texts)
                 compute_s = embeddings.compute_s
+            except TimeoutError:
+                limit_s = self.config.answer_timeout_s
+                message = f"The texts took longer than the {limit_s:g} s of --answer-timeout. Send fewer."
+                raise ApiError(503, message, code="timeout", param="input") from None
             finally:
                 ending = window.ending(compute_s)
             reading = await asyncio.wrap_future(ending)

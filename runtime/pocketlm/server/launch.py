@@ -9,13 +9,22 @@ from starlette.applications import Starlette
 
 from pocketlm.aio import AsyncModel
 from pocketlm.energy import find_probe
-from pocketlm.hub import find_bundle
+from pocketlm.hub import check_name, find_bundle
 from pocketlm.progress import Progress, silent
 from pocketlm.server.answers import Service
 from pocketlm.server.app import create_app
 from pocketlm.server.config import ModelOptions, ServerConfig
 from pocketlm.server.memory import default_budget_bytes
 from pocketlm.server.model_store import ModelStore, ServedModel, served_models
+from pocketlm.server.served_models import check_names
+
+
+def check_models(options: ModelOptions) -> None:
+    """Whether `make_app` knows which models are meant: offline, nothing is fetched. Raises what
+    `check_names` raises."""
+    check_names(options.names, options.precision)
+    if options.draft is not None:
+        check_name(options.draft)
 
 
 def make_app(config: ServerConfig, options: ModelOptions, progress: Progress = silent) -> FastAPI:

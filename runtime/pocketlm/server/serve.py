@@ -8,6 +8,7 @@ import errno
 import signal
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from types import FrameType
@@ -37,11 +38,26 @@ BACKLOG = 512
 CUT_OFF_S = 2.0
 """For answers that are cut off, to give back what they hold."""
 
+STOP_S = 5.0
+"""For a start that is cut off, to end its step and remove its temporary files."""
+
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
 class ListenError(PocketlmError):
     """The address cannot be listened on."""
+
+
+class StoppedError(PocketlmError):
+    """SIGTERM or SIGINT came before the server was ready.
+
+    Threads of the start may still run. Native code in them aborts an interpreter that ends as usual, so the
+    process had better end with `os._exit`.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("Stopped before the server was ready.")
+        self.signal_number = signal_number
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -89,6 +105,7 @@ def serve(
     listening: Callable[[str], None] = lambda url: None,
     lock: Callable[[], None] = lambda: None,
     ready: Callable[[str], None] = lambda url: None,
+    stopping: threading.Event | None = None,
 ) -> None:
     """Listens until SIGTERM or SIGINT comes, then lets answers under way end and returns.
 
@@ -99,19 +116,27 @@ def serve(
     After the signal the state is "draining": no connection is taken any more, and what is still under way
     after `config.drain_s` is cut off. A second signal ends the process at once.
 
-    Raises ListenError, and what `make_app`, `load`, `lock` and `ready` raise.
+    `stopping` is set once that has begun. A `make_app` that is under way should look at it often and raise;
+    it is waited for, up to STOP_S or a second signal.
+
+    Raises ListenError, StoppedError if the signal came before the server was ready, and what `make_app`,
+    `load`, `lock` and `ready` raise.
     """
     with listen(config) as sock:
         url = url_of(sock)
         listening(url)
-        server = _Server(config, make_app, load, lock, lambda: ready(url))
+        server = _Server(config, make_app, load, lock, lambda: ready(url), stopping or threading.Event())
         server.run(sockets=[sock])
     if server.failure is not None:
         raise server.failure
+    if server.signal_number is not None and not server.was_ready:
+        raise StoppedError(server.signal_number)
 
 
 class _Server(uvicorn.Server):
     failure: Exception | None = None
+    signal_number: int | None = None
+    was_ready = False
 
     def __init__(
         self,
@@ -120,12 +145,16 @@ class _Server(uvicorn.Server):
         load: Callable[[Starlette], Awaitable[None]] | None,
         lock: Callable[[], None],
         ready: Callable[[], None],
+        stopping: threading.Event,
     ) -> None:
         self._gate = _Gate()
         self._make_app = make_app
         self._load = load
         self._lock = lock
         self._ready = ready
+        self._stopping = stopping
+        self._maker: threading.Thread | None = None
+        self._hurried = False
         self._lifespan = AsyncExitStack()
         super().__init__(
             uvicorn.Config(
@@ -146,10 +175,17 @@ class _Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        if self.should_exit and (self._hurried or not self.is_making):
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
+        self._hurried = self.should_exit
+        self.signal_number = self.signal_number or sig
         self.should_exit = True  # uvicorn's own would end the process with this signal after the drain
+
+    @property
+    def is_making(self) -> bool:
+        """Whether `make_app` is under way."""
+        return self._maker is not None and self._maker.is_alive()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -157,19 +193,22 @@ class _Server(uvicorn.Server):
 
     async def _start(self) -> None:
         try:
-            app = await _in_thread(self._make_app)
+            self._maker, made = _in_thread(self._make_app)
+            app = await made
             await self._lifespan.enter_async_context(app.router.lifespan_context(app))
             self._gate.app = app
             if self._load is not None:
                 await self._load(app)
             self._lock()
             app.state.service.state = "ready"
+            self.was_ready = True
             self._ready()
         except Exception as error:
             self.failure = error
             self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping.set()
         self._starting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._starting
@@ -179,6 +218,12 @@ class _Server(uvicorn.Server):
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=CUT_OFF_S)
         await self._lifespan.aclose()
+        await self._end_making()
+
+    async def _end_making(self) -> None:
+        deadline = time.monotonic() + STOP_S
+        while self.is_making and not self._hurried and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
 
 class _Gate:
@@ -220,9 +265,9 @@ def _unavailable(scope: Scope, message: str, code: str) -> Response:
     return error_response(scope["path"], 503, message, code=code, headers={"Retry-After": "1"})
 
 
-async def _in_thread(function: Callable[[], T]) -> T:
-    """What `function` returns, from a thread that the process does not wait for: a download that is no longer
-    wanted must not hold up its end, and asyncio's own threads do."""
+def _in_thread(function: Callable[[], T]) -> tuple[threading.Thread, asyncio.Future[T]]:
+    """A thread for `function`, and what that returns. The process does not wait for it: a download that is no
+    longer wanted must not hold up its end, and asyncio's own threads do."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -242,5 +287,6 @@ async def _in_thread(function: Callable[[], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, *outcome)
 
-    threading.Thread(target=run, name="pocketlm-start", daemon=True).start()
-    return await future
+    thread = threading.Thread(target=run, name="pocketlm-start", daemon=True)
+    thread.start()
+    return thread, future

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from pocketlm.bundle import Bundle, open_bundle
 from pocketlm.engine import DEFAULT_CACHE_BYTES, DEFAULT_CONTEXT_LENGTH
 from pocketlm.errors import InvalidSettingError, ModelNotFoundError
-from pocketlm.hub import DEFAULT_PRECISION, PRECISIONS, cached_bundles, find_bundle
+from pocketlm.hub import DEFAULT_PRECISION, PRECISIONS, cached_bundles, check_name, find_bundle
 from pocketlm.manifest import MANIFEST_NAME, Manifest
 from pocketlm.progress import Progress, silent
 from pocketlm.server.memory import MemoryEstimate, estimate
@@ -46,6 +47,17 @@ class ServedModel:
         )
 
 
+def check_names(names: Sequence[str], precision: str | None = None) -> None:
+    """Whether `served_models` knows what these mean: offline, and before anything is fetched.
+
+    Raises what `pocketlm.hub.check_name` raises, and ModelNotFoundError if there is nothing in the cache.
+    """
+    for name in names:
+        _check(name, precision)
+    if not names:
+        _cached(precision)
+
+
 def served_models(
     names: Sequence[str],
     precision: str | None = None,
@@ -69,6 +81,7 @@ def served_models(
     """
     if context_length is not None and context_length < 2:
         raise InvalidSettingError(f"context_length is {context_length}; at least 2 tokens are expected.")
+    check_names(names, precision)
     bundles = [_named(name, precision, progress) for name in names] or _cached(precision)
     bundles = list({bundle.folder.resolve(): bundle for bundle in bundles}.values())
     models = [
@@ -92,10 +105,32 @@ def served_models(
     return models
 
 
+def _check(name: str, precision: str | None) -> None:
+    source, its_precision = _split(name, precision)
+    try:
+        check_name(source, precision=its_precision)
+    except ModelNotFoundError:
+        before, _, behind = name.rpartition(":")
+        if source != name or not before:
+            raise
+        with contextlib.suppress(ModelNotFoundError):
+            check_name(before)
+            raise InvalidSettingError(
+                f"the precision of {name!r} is {behind!r}, expected {' or '.join(PRECISIONS)}."
+            ) from None
+        raise
+
+
+def _split(name: str, precision: str | None) -> tuple[str, str | None]:
+    """ "smollm2-135m:int4" as the model's name and its precision, which is `precision` without one."""
+    before, _, behind = name.rpartition(":")
+    if before and behind in PRECISIONS and not name.startswith("hf:"):
+        return before, behind
+    return name, precision
+
+
 def _named(name: str, precision: str | None, progress: Progress) -> Bundle:
-    before, colon, behind = name.rpartition(":")
-    if colon and behind in PRECISIONS and not name.startswith("hf:"):
-        name, precision = before, behind
+    name, precision = _split(name, precision)
     # Not hashed here: loading does that.
     folder = find_bundle(name, precision=precision, verify=False, progress=progress)
     return open_bundle(folder, verify=False)

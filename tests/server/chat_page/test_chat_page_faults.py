@@ -144,10 +144,15 @@ def test_a_wanted_key_is_asked_for_and_kept(browser: Browser, fake: FakeChatServ
         chat.page.goto(fake.url)
         dialog = chat.page.get_by_role("dialog", name="API key")
         expect(chat.page.get_by_label("Key", exact=True)).to_be_focused()
+        expect(dialog).to_contain_text("Whoever started the server has it")
+        expect(dialog).not_to_contain_text("Bearer")
+        expect(dialog.get_by_role("alert")).to_be_hidden()
         assert faults(chat.page) == []
         chat.page.keyboard.type("wrong")
         chat.page.keyboard.press("Enter")
         expect(chat.page.get_by_label("Key", exact=True)).to_have_value("")
+        expect(dialog.get_by_role("alert")).to_contain_text("does not know this key")
+        assert faults(chat.page) == []
         chat.page.keyboard.type("s3cret")
         chat.page.keyboard.press("Enter")
         expect(dialog).to_be_hidden()
@@ -165,7 +170,9 @@ def test_a_wanted_key_is_asked_for_and_kept(browser: Browser, fake: FakeChatServ
         fake.key = "third"
         later.type_and_send("Hi")
         later.page.get_by_role("dialog", name="API key").get_by_role("button", name="Cancel").click()
-        expect(later.page.get_by_role("alert")).to_contain_text("The server wants an API key")
+        problem = later.page.get_by_role("alert")
+        expect(problem).to_contain_text("The server wants an API key")
+        expect(problem).not_to_contain_text("Bearer")
 
 
 def test_a_loading_model_is_waited_for(chat: ChatPage, fake: FakeChatServer) -> None:
@@ -248,6 +255,18 @@ def test_a_broken_answer_keeps_its_beginning(
     expect(chat.page.get_by_role("alert")).to_contain_text(says)
     chat.button("Try again").click()
     expect(chat.answers).to_have_text("You said: Hi")
+
+
+@pytest.mark.parametrize("steps", [["All of it"], ["A part", Fail(500, "The engine stopped.")]])
+def test_a_complete_answer_is_read_to_the_end_of_its_body(
+    chat: ChatPage, fake: FakeChatServer, steps: list[object]
+) -> None:
+    end = Hold()
+    fake.answers.append(Answer(steps, end=end))
+    chat.ask("Hi")  # whose end is shown at the last event, before the body's
+    with chat.page.expect_event("requestfinished", lambda each: each.url.endswith("/v1/chat/completions")):
+        end.set()
+    assert fake.abandoned == []
 
 
 def test_a_server_that_is_gone_is_told_apart(chat: ChatPage, fake: FakeChatServer) -> None:

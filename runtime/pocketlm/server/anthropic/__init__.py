@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pocketlm.server.answers import Answers, ServiceOf, finished
+from pocketlm.server.answers import Answers, ServiceOf, finished, while_connected
 from pocketlm.server.anthropic.reply import Reply
 from pocketlm.server.anthropic.request import MessagesRequest, PromptFields, conversation, settings, tools
 from pocketlm.server.errors import ApiError, blaming, error_object
@@ -32,7 +32,8 @@ class MessageStream(EventStream):
 async def messages(request: Request, body: MessagesRequest, service: ServiceOf) -> Response:
     """The next message of a conversation."""
     with blaming("messages", json_schema="output_config.format", stop="stop_sequences", tool="tools"):
-        answers = await service.ask("messages", body.model, conversation(body), **settings(body))
+        asking = service.ask("messages", body.model, conversation(body), **settings(body))
+        answers = await while_connected(request, asking)
     reply = Reply(answers.model_name, body.max_tokens)
     if body.stream:
         timeout_s = service.config.send_timeout_s

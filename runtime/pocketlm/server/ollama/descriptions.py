@@ -10,8 +10,6 @@ from pocketlm.server.model_store import ModelState, ServedModel
 from pocketlm.server.ollama.times import timestamp
 from pocketlm.tools import tool_format
 
-_HEAD = "head"  # its path in a manifest; models without one use the embedding again
-
 
 def tagged(served: ServedModel) -> dict[str, Any]:
     """An entry of `/api/tags`."""
@@ -64,7 +62,7 @@ def details(manifest: Manifest) -> dict[str, Any]:
         "format": "onnx",
         "family": manifest.family,
         "families": [manifest.family],
-        "parameter_size": _readable(_parameters(manifest)),
+        "parameter_size": "" if manifest.parameters is None else _readable(manifest.parameters),
         "quantization_level": manifest.precision.name,
     }
 
@@ -83,14 +81,6 @@ def _digest(manifest: Manifest) -> str:
     """The same for the same files: the sha256 of their list."""
     listing = "".join(f"{manifest.files[name].sha256}  {name}\n" for name in sorted(manifest.files))
     return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def _parameters(manifest: Manifest) -> int:
-    """Weights of all matrices; norms and biases are less than a thousandth of them."""
-    of = manifest.dimensions
-    attention = 2 * of.hidden * of.head_dim * (of.heads + of.kv_heads)
-    tables = 2 if any(layer.path == _HEAD for layer in manifest.precision.layers) else 1
-    return of.layers * (attention + 3 * of.hidden * of.intermediate) + tables * of.vocabulary * of.hidden
 
 
 def _readable(count: int) -> str:
@@ -117,7 +107,7 @@ def _model_info(manifest: Manifest) -> dict[str, Any]:
     return {
         "general.architecture": family,
         "general.basename": manifest.name,
-        "general.parameter_count": _parameters(manifest),
+        "general.parameter_count": manifest.parameters,
         **{f"{family}.{name}": value for name, value in own.items()},
     }
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from pocketlm.engine import Prompt
 from pocketlm.generate import Completion, Piece
 from pocketlm.server import reports
-from pocketlm.server.answers import Answers, Result, Service, ServiceOf, finished
+from pocketlm.server.answers import Answers, Result, Service, ServiceOf, finished, while_connected
 from pocketlm.server.errors import ApiError, blaming, error_object
 from pocketlm.server.event_stream import LineStream, json_bytes, line
 from pocketlm.server.messages import Messages
@@ -83,7 +83,8 @@ async def chat(request: Request, body: ChatRequest, service: ServiceOf) -> Respo
         settings["overflow"] = "slide"
     with blaming("messages", tool="tools", **OPTIONS_OF_SETTINGS):
         prompt = template_messages(body.messages)
-        reply = await _ask(body, service, "ollama_chat", _message, prompt, settings)
+        asking = _ask(body, service, "ollama_chat", _message, prompt, settings)
+        reply = await while_connected(request, asking)
     return await _answer(request, reply, service, streamed=body.stream is not False)
 
 
@@ -94,7 +95,8 @@ async def generate(request: Request, body: GenerateRequest, service: ServiceOf) 
         return await _load(body, service, _response)
     with blaming("prompt", **OPTIONS_OF_SETTINGS):
         prompt, raw = body.read()
-        reply = await _ask(body, service, "ollama_generate", _response, prompt, body.settings(), raw=raw)
+        asking = _ask(body, service, "ollama_generate", _response, prompt, body.settings(), raw=raw)
+        reply = await while_connected(request, asking)
     return await _answer(request, reply, service, streamed=body.stream is not False)
 
 

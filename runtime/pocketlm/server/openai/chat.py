@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from pocketlm.generate import Completion, Piece
 from pocketlm.server import reports
-from pocketlm.server.answers import Answers, Result, ServiceOf, finished
+from pocketlm.server.answers import Answers, Result, ServiceOf, finished, while_connected
 from pocketlm.server.errors import ApiError, blaming
 from pocketlm.server.event_stream import EventStream, event, json_bytes
 from pocketlm.server.fields import given
@@ -83,9 +83,10 @@ class ChatCompletionRequest(GenerationFields):
 async def chat_completions(request: Request, body: ChatCompletionRequest, service: ServiceOf) -> Response:
     """The next message of a conversation."""
     with blaming("messages", json_schema="response_format", tool="tools", max_tokens="max_tokens"):
-        answers = await service.ask(
+        asking = service.ask(
             "chat", body.model, template_messages(body.messages), n=body.n or 1, **body.settings()
         )
+        answers = await while_connected(request, asking)
     reply = Reply(answers, body)
     if body.stream:
         return EventStream(answers, reply.events(), send_timeout_s=service.config.send_timeout_s)

@@ -128,7 +128,7 @@ class Batch:
 async def completions(request: Request, body: CompletionRequest, service: ServiceOf) -> Response:
     """What the model goes on with behind each prompt."""
     with blaming("prompt"):
-        batch = await Batch.ask(service, body)
+        batch = await while_connected(request, Batch.ask(service, body))
     reply = Reply(batch, body)
     if body.stream:
         return EventStream(batch, reply.events(), send_timeout_s=service.config.send_timeout_s)

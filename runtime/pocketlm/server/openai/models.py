@@ -42,6 +42,7 @@ def describe(state: ModelState) -> dict[str, Any]:
             "family": manifest.family,
             "precision": manifest.precision.name,
             "bytes": manifest.bytes,
+            "parameters": manifest.parameters,
             "context_length": state.context_length,
             "trained_context_length": manifest.dimensions.context_length,
             "embedding_length": manifest.dimensions.hidden,

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pocketlm.server.answers import Answers, ServiceOf, finished
+from pocketlm.server.answers import Answers, ServiceOf, finished, while_connected
 from pocketlm.server.errors import ApiError, blaming
 from pocketlm.server.event_stream import EventStream, event, json_bytes
 from pocketlm.server.openai.responses_input import ResponsesRequest, conversation, settings
@@ -22,7 +22,8 @@ router = APIRouter(tags=["OpenAI"])
 async def create_response(request: Request, body: ResponsesRequest, service: ServiceOf) -> Response:
     """An answer to a whole conversation. Nothing of it is stored."""
     with blaming("input", json_schema="text.format", tool="tools", max_tokens="max_output_tokens"):
-        answers = await service.ask("responses", body.model, conversation(body), **settings(body))
+        asking = service.ask("responses", body.model, conversation(body), **settings(body))
+        answers = await while_connected(request, asking)
     output = Output(body, answers)
     if body.stream:
         return EventStream(

@@ -106,23 +106,43 @@ export async function isReady(signal) {
 export async function* streamChat(body, signal) {
   const streaming = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await request("v1/chat/completions", { method: "POST", body: streaming, signal });
-  for await (const data of events(response.body, signal)) {
-    if (data === "[DONE]") return;
-    let chunk;
-    try {
-      chunk = JSON.parse(data);
-    } catch {
-      throw new ConnectionError("The answer arrived damaged.");
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let complete = false;
+  try {
+    for await (const data of events(reader, signal)) {
+      complete = data === "[DONE]";
+      if (complete) return;
+      const chunk = parsed(data);
+      complete = Boolean(chunk.error);
+      if (complete) throw new ApiError(response.status, chunk.error);
+      yield chunk;
     }
-    if (chunk.error) throw new ApiError(response.status, chunk.error);
-    yield chunk;
+  } finally {
+    if (complete) void drain(reader);
+    else reader.cancel().catch(() => {}); // it may be broken already
   }
   throw new ConnectionError("The connection was lost before the answer was complete.");
 }
 
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    throw new ConnectionError("The answer arrived damaged.");
+  }
+}
+
+/** Reads to the end of the body: to the server, one who leaves at the last event has broken the answer off. */
+async function drain(reader) {
+  try {
+    while (!(await reader.read()).done);
+  } catch {
+    // The answer is here; what became of the connection does not matter.
+  }
+}
+
 /** The data of server-sent events (HTML standard, section 9.2). */
-async function* events(stream, signal) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+async function* events(reader, signal) {
   let rest = "";
   let data = [];
   try {
@@ -142,7 +162,5 @@ async function* events(stream, signal) {
   } catch (error) {
     if (signal?.aborted || error instanceof ApiError) throw error;
     throw new ConnectionError("The connection was lost before the answer was complete.");
-  } finally {
-    reader.cancel().catch(() => {}); // it may be broken already
   }
 }

@@ -36,7 +36,7 @@ export function askForKey(error) {
 function ask(error) {
   const dialog = byId("key");
   const field = byId("key-field");
-  byId("key-text").textContent = `${error.message} It is kept in this tab, and sent to this server only.`;
+  byId("key-wrong").hidden = error.code !== "invalid_api_key";
   field.value = "";
   return new Promise((resolve) => {
     const end = (given) => {

@@ -136,9 +136,10 @@ export class AnswerView {
     }
     const kept = this.message.content ? "What had come until then is kept above. " : "";
     const advice = error.kind === "overflow" ? " Or edit an earlier message to be shorter: what came after it then goes." : "";
+    const text = error.kind === "key" ? "Try again to enter it." : error.message; // the server's tells developers of headers
     return el("div", { class: "problem", role: "alert" },
       el("p", { class: "problem-title" }, TITLES[error.kind] ?? TITLES.page),
-      el("p", {}, `${kept}${error.message}${advice}`),
+      el("p", {}, `${kept}${text}${advice}`),
       el("div", { class: "problem-actions" }, ...buttons));
   }
 }

@@ -14,6 +14,7 @@ export class Models {
     this.fallback_length = null;
     this.select = byId("model");
     this.select.addEventListener("change", () => hooks.chosen(this.select.value));
+    addEventListener("resize", () => this.#fit());
   }
 
   /** Asks the server until it answers: it may still be loading, or want a key first. */
@@ -60,8 +61,28 @@ export class Models {
   show(current) {
     this.select.disabled = this.all.length === 0;
     if (!this.all.length) return;
-    this.select.replaceChildren(...this.all.map(({ id, meta }) => el("option", { value: id }, labelOf(id, meta))));
+    this.select.replaceChildren(...this.all.map(({ id }) => el("option", { value: id })));
     this.select.value = current ?? "";
+    this.#fit();
+  }
+
+  /** Leaves out the models' sizes, then their precisions, where there is no room for them. */
+  #fit() {
+    for (let parts = 3; parts > 0 && !this.select.disabled; parts -= 1) {
+      for (const option of this.select.options) {
+        const label = labelOf(option.value, this.#find(option.value)?.meta, parts);
+        if (option.text !== label) option.text = label;
+      }
+      if (!this.#isCut()) return;
+    }
+  }
+
+  #isCut() {
+    const { width } = this.select.getBoundingClientRect();
+    this.select.classList.add("unbounded");
+    const { width: wanted } = this.select.getBoundingClientRect();
+    this.select.classList.remove("unbounded");
+    return wanted > width;
   }
 
   #find(id) {
@@ -69,9 +90,10 @@ export class Models {
   }
 }
 
-function labelOf(id, meta) {
-  const precision = meta?.precision && !id.includes(meta.precision) ? [meta.precision] : [];
-  const size = Number.isFinite(meta?.bytes) ? [sizeOf(meta.bytes)] : [];
+/** The name, and as far as they are known the precision (from 2 `parts` on) and the size (3). */
+function labelOf(id, meta, parts) {
+  const precision = parts > 1 && meta?.precision && !id.includes(meta.precision) ? [meta.precision] : [];
+  const size = parts > 2 && Number.isFinite(meta?.bytes) ? [sizeOf(meta.bytes)] : [];
   return [id, ...precision, ...size].join(" · ");
 }
 
