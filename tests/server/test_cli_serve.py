@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -359,12 +360,18 @@ main()
 def test_a_start_that_is_broken_off(number: signal.Signals) -> None:
     with started("-c", SLOW_START, "serve", "--port=0") as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == "busy\n"
+        told = process.stderr.readline()
+        url = re.search(r"http://[^ ]+", told)
+        assert url is not None
+        page = httpx.get(url[0], headers={"Accept": "text/html"})
+        assert (page.status_code, "Converting: 50 % …" in page.text) == (503, True)
         process.send_signal(number)
         out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 128 + number
     assert out.splitlines()[-1] == "cleaned up"
-    assert err.splitlines()[1:] == ["Stopped before the server was ready."]
+    assert err.splitlines()[-1] == "Stopped before the server was ready."
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no pseudo-terminals")

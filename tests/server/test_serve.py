@@ -242,7 +242,8 @@ def test_it_answers_while_it_loads() -> None:
             for path in ("/health", "/v1/models"):
                 answer = httpx.get(url + path)
                 seen.append((answer.status_code, answer.json()["error"]["message"]))
-            seen.append(httpx.get(f"{url}/", headers={"Accept": "text/html,*/*"}).headers["refresh"])
+            page = httpx.get(f"{url}/", headers={"Accept": "text/html,*/*"})
+            seen.append((page.headers["refresh"], "Quantizing: 35 %" in page.text))
             made.set()
             wait_for(lambda: "load" in order)
             seen.append(httpx.get(f"{url}/health").text)
@@ -268,9 +269,10 @@ def test_it_answers_while_it_loads() -> None:
         listening=listening,
         lock=lambda: order.append(f"lock while {tiny.state}"),
         ready=lambda url: order.append("ready"),
+        phase=lambda: "Quantizing: 35 %",
     )
     client.join(PATIENCE_S)
-    assert seen == [(503, "Loading model"), (503, "Loading model"), "1", "loading", "ready"]
+    assert seen == [(503, "Loading model"), (503, "Loading model"), ("1", True), "loading", "ready"]
     assert order == ["make", "load", "lock while loading", "ready"]
 
 

@@ -210,11 +210,12 @@ def run(
     launch.check_models(model_options)
     stopping = threading.Event()
     elsewhere: list[str | None] = [None]
+    phases = [""]
     services: list[Service] = []  # one, as soon as the models' files are here
 
     def make_app() -> Any:
         with console.progress() as progress:
-            app = launch.make_app(config, model_options, _until(stopping, progress))
+            app = launch.make_app(config, model_options, _until(stopping, _noting(phases, progress)))
         services.append(app.state.service)
         return app
 
@@ -242,6 +243,7 @@ def run(
             listening=listening,
             lock=lock if locks else lambda: None,
             ready=ready,
+            phase=lambda: phases[-1],
             stopping=stopping,
         )
     except StoppedError as stopped:
@@ -258,6 +260,16 @@ def _until(stopping: threading.Event, progress: Progress) -> Progress:
     def report(task: str, done: int, total: int, unit: str) -> None:
         if stopping.is_set():
             raise _StartCancelledError
+        progress(task, done, total, unit)
+
+    return report
+
+
+def _noting(phases: list[str], progress: Progress) -> Progress:
+    """`progress`, which leaves what it was told last in `phases`."""
+
+    def report(task: str, done: int, total: int, unit: str) -> None:
+        phases[-1] = f"{task}: {100 * done // total} %" if total else task
         progress(task, done, total, unit)
 
     return report

@@ -105,6 +105,7 @@ def serve(
     listening: Callable[[str], None] = lambda url: None,
     lock: Callable[[], None] = lambda: None,
     ready: Callable[[str], None] = lambda url: None,
+    phase: Callable[[], str] = lambda: "",
     stopping: threading.Event | None = None,
 ) -> None:
     """Listens until SIGTERM or SIGINT comes, then lets answers under way end and returns.
@@ -116,6 +117,8 @@ def serve(
     After the signal the state is "draining": no connection is taken any more, and what is still under way
     after `config.drain_s` is cut off. A second signal ends the process at once.
 
+    `phase` tells a person who opens the page before there is an application what is done meanwhile.
+
     `stopping` is set once that has begun. A `make_app` that is under way should look at it often and raise;
     it is waited for, up to STOP_S or a second signal.
 
@@ -125,7 +128,10 @@ def serve(
     with listen(config) as sock:
         url = url_of(sock)
         listening(url)
-        server = _Server(config, make_app, load, lock, lambda: ready(url), stopping or threading.Event())
+        gate = _Gate(phase)
+        server = _Server(
+            config, gate, make_app, load, lock, lambda: ready(url), stopping or threading.Event()
+        )
         server.run(sockets=[sock])
     if server.failure is not None:
         raise server.failure
@@ -141,13 +147,14 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: ServerConfig,
+        gate: _Gate,
         make_app: Callable[[], Starlette],
         load: Callable[[Starlette], Awaitable[None]] | None,
         lock: Callable[[], None],
         ready: Callable[[], None],
         stopping: threading.Event,
     ) -> None:
-        self._gate = _Gate()
+        self._gate = gate
         self._make_app = make_app
         self._load = load
         self._lock = lock
@@ -230,11 +237,13 @@ class _Gate:
     """Passes requests on to the application, and answers in its place before there is one and when the end of
     the server cuts a request off."""
 
-    app: Starlette | None = None
+    def __init__(self, phase: Callable[[], str]) -> None:
+        self.app: Starlette | None = None
+        self._phase = phase
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is None:
-            await _loading(scope)(scope, receive, send)
+            await _loading(scope, self._phase())(scope, receive, send)
             return
         begun = False
 
@@ -250,10 +259,11 @@ class _Gate:
                 await _ending(scope)(scope, receive, send)
 
 
-def _loading(scope: Scope) -> ASGIApp:
+def _loading(scope: Scope, phase: str) -> ASGIApp:
     accepted = b",".join(value for name, value in scope["headers"] if name == b"accept")
     if scope["method"] == "GET" and b"text/html" in accepted:
-        return PlainTextResponse("The model is being loaded …", 503, {"Refresh": "1", "Retry-After": "1"})
+        text = f"The chat opens here as soon as the model is ready.\n\n{phase or 'Loading'} …\n"
+        return PlainTextResponse(text, 503, {"Refresh": "1", "Retry-After": "1"})
     return _unavailable(scope, "Loading model", "loading")
 
 
