@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from pocketlm_benchmarks.engines.protocol import EngineError
-from pocketlm_benchmarks.memory import memory_of
+from pocketlm_benchmarks.memory import own_bytes
 from pocketlm_benchmarks.serving_client import Client
 
 END_S = 60.0
@@ -41,9 +41,8 @@ class Served:
         """Its memory without the weights that it maps, where the system tells that apart."""
         if self.pid is None:
             return None
-        own = memory_of(self.pid).anonymous_bytes
         try:
-            return psutil.Process(self.pid).memory_info().rss if own is None else own
+            return own_bytes(self.pid)
         except psutil.Error:
             return None
 

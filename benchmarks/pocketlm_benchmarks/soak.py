@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import psutil
 import typer
 
 import pocketlm
 from pocketlm.engine import Model
 from pocketlm.errors import InvalidSettingError, PocketlmError
 from pocketlm.manifest import read_manifest
-from pocketlm_benchmarks.memory import memory_of
+from pocketlm_benchmarks import memory
 
 CONTEXT_LENGTH = 512
 CACHE_BYTES = 32 << 20
@@ -124,8 +123,7 @@ def growth(samples: Sequence[Sample]) -> float:
 
 def own_bytes() -> int:
     """This process's memory without what it maps from files; with it where the system does not say."""
-    own = memory_of(os.getpid()).anonymous_bytes
-    return psutil.Process().memory_info().rss if own is None else own
+    return memory.own_bytes(os.getpid())
 
 
 class _Load:

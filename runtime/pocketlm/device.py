@@ -135,17 +135,32 @@ def _linux_processor(info: Mapping[str, str], root: Path) -> str:
 
 
 def _linux_memory(root: Path) -> Memory:
-    """From /proc/meminfo (proc_meminfo(5)) and the control group's limit (version 2)."""
+    """From /proc/meminfo (proc_meminfo(5)) and the control groups' limits."""
     facts = fields(read_text(root / "proc/meminfo"))
     total, available = (_kilobytes(facts.get(key)) for key in ("MemTotal", "MemAvailable"))
-    group = root / "sys/fs/cgroup"
-    limit, used = read_int(group / "memory.max"), read_int(group / "memory.current")
-    if limit is not None and used is not None and available is not None:
-        lines = (read_text(group / "memory.stat") or "").splitlines()
-        # What it caches of files and has not touched for long is given back before anything is refused.
-        idle = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
-        available = min(available, max(0, limit - used + idle))
+    left = control_group_bytes(root)
+    if left is not None and available is not None:
+        available = min(available, left)
     return Memory(total, available)
+
+
+def control_group_bytes(root: Path = Path("/")) -> int | None:
+    """What the memory limits of this process's control groups leave (Linux, cgroup v2), of the narrowest one;
+    None: there are none. `root` as in `describe_machine`."""
+    lines = (read_text(root / "proc/self/cgroup") or "").splitlines()
+    own = Path(next((line[3:].strip().lstrip("/") for line in lines if line.startswith("0::")), ""))
+    left = [_left_bytes(root / "sys/fs/cgroup" / each) for each in (own, *own.parents)]
+    return min((count for count in left if count is not None), default=None)
+
+
+def _left_bytes(group: Path) -> int | None:
+    limit, used = read_int(group / "memory.max"), read_int(group / "memory.current")
+    if limit is None or used is None:  # no such group here, or "max": no limit
+        return None
+    lines = (read_text(group / "memory.stat") or "").splitlines()
+    # What it caches of files and has not touched for long is given back before anything is refused.
+    idle = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return max(0, limit - used + idle)
 
 
 def _kilobytes(text: str | None) -> int | None:

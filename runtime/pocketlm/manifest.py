@@ -9,6 +9,7 @@ default here may be missing: bundles that were exported before it was there stay
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import types
 import typing
@@ -165,6 +166,12 @@ class Manifest:
     def bytes(self) -> int:
         """Size of the bundle's files, without the manifest itself."""
         return sum(entry.bytes for entry in self.files.values())
+
+    def digest(self, *names: str) -> str:
+        """sha256 of the lines "sha256  name" of these files, in this order; of all of them by name, without
+        any. The same for the same files."""
+        listing = "".join(f"{self.files[name].sha256}  {name}\n" for name in names or sorted(self.files))
+        return hashlib.sha256(listing.encode()).hexdigest()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -49,9 +49,7 @@ def fingerprint(manifest: Manifest) -> str:
 
     The manifest is that of a whole bundle, as `open_bundle` returns it.
     """
-    names = (GRAPH_NAME, WEIGHTS_NAME, TOKENIZER_NAME)
-    listing = "".join(f"{manifest.files[name].sha256}  {name}\n" for name in names)
-    digest = hashlib.sha256(listing.encode()).hexdigest()
+    digest = manifest.digest(GRAPH_NAME, WEIGHTS_NAME, TOKENIZER_NAME)
     return f"{manifest.name} {manifest.precision.name} {digest[:16]}"
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from pocketlm.engine import Model
 from pocketlm.errors import InvalidSettingError
+from pocketlm_benchmarks import memory
 from pocketlm_benchmarks import soak as module
 from pocketlm_benchmarks.memory import UNKNOWN
 from pocketlm_benchmarks.soak import Sample, growth, main, own_bytes, report, soak
@@ -82,5 +83,5 @@ def test_an_error_has_no_traceback(tmp_path: Path) -> None:
 
 def test_memory_where_the_system_does_not_tell_it_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     own = own_bytes()
-    monkeypatch.setattr(module, "memory_of", lambda pid: UNKNOWN)
+    monkeypatch.setattr(memory, "memory_of", lambda pid: UNKNOWN)
     assert own_bytes() > own / 2 > 0

@@ -14,7 +14,6 @@ from helpers.tiny_bundle import tiny_manifest
 from pocketlm.kv_cache import KVCache
 from pocketlm.kv_pool import KVPool
 from pocketlm.manifest import Dimensions, FileEntry
-from pocketlm.server import memory
 from pocketlm.server.memory import BUDGET_SHARE, MemoryEstimate, default_budget_bytes, estimate
 
 DIMENSIONS = Dimensions(3, 24, 48, 4, 2, 6, 96, 4096)
@@ -69,15 +68,17 @@ def test_sums() -> None:
     assert (found.least_bytes, found.most_bytes) == (4321, 62_321)
 
 
+OWN, GROUPS = "proc/self/cgroup", "sys/fs/cgroup"
+
+
 class TestBudget:
     @pytest.fixture(autouse=True)
     def machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """100,000 bytes are available; the process is in the control group /outer/inner."""
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
-        monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
-        monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
-        (tmp_path / "own").write_text("1:cpu:/x\n0::/outer/inner\n")
-        (tmp_path / "outer" / "inner").mkdir(parents=True)
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / OWN).write_text("1:cpu:/x\n0::/outer/inner\n")
+        (tmp_path / GROUPS / "outer" / "inner").mkdir(parents=True)
 
     @staticmethod
     def limit(folder: Path, limit: str, used: int = 0, inactive_file: int = 0) -> None:
@@ -85,28 +86,28 @@ class TestBudget:
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 5\ninactive_file {inactive_file}\n")
 
-    def test_a_share_of_what_is_available(self) -> None:
-        assert default_budget_bytes() == int(BUDGET_SHARE * 100_000)
+    def test_a_share_of_what_is_available(self, tmp_path: Path) -> None:
+        assert default_budget_bytes(tmp_path) == int(BUDGET_SHARE * 100_000)
 
     def test_of_what_the_narrowest_group_leaves(self, tmp_path: Path) -> None:
-        self.limit(tmp_path / "outer", "60000", used=30_000, inactive_file=10_000)
-        self.limit(tmp_path / "outer" / "inner", "50000")
-        assert default_budget_bytes() == int(BUDGET_SHARE * 40_000)
+        self.limit(tmp_path / GROUPS / "outer", "60000", used=30_000, inactive_file=10_000)
+        self.limit(tmp_path / GROUPS / "outer" / "inner", "50000")
+        assert default_budget_bytes(tmp_path) == int(BUDGET_SHARE * 40_000)
 
     def test_no_limit(self, tmp_path: Path) -> None:
-        self.limit(tmp_path / "outer" / "inner", "max")
-        assert default_budget_bytes() == int(BUDGET_SHARE * 100_000)
+        self.limit(tmp_path / GROUPS / "outer" / "inner", "max")
+        assert default_budget_bytes(tmp_path) == int(BUDGET_SHARE * 100_000)
 
     def test_the_group_of_a_container_is_the_root(self, tmp_path: Path) -> None:
-        (tmp_path / "own").write_text("0::/\n")
-        self.limit(tmp_path, "20000", used=30_000)
-        assert default_budget_bytes() == 0
+        (tmp_path / OWN).write_text("0::/\n")
+        self.limit(tmp_path / GROUPS, "20000", used=30_000)
+        assert default_budget_bytes(tmp_path) == 0
 
     @pytest.mark.parametrize("content", ["1:cpu:/x\n", None])
     def test_no_control_groups(self, tmp_path: Path, content: str | None) -> None:
-        own = tmp_path / "own"
+        own = tmp_path / OWN
         own.unlink() if content is None else own.write_text(content)
-        assert default_budget_bytes() == int(BUDGET_SHARE * 100_000)
+        assert default_budget_bytes(tmp_path) == int(BUDGET_SHARE * 100_000)
 
     def test_the_real_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()

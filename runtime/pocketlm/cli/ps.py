@@ -89,7 +89,7 @@ def _checked(url: str) -> str:
 
 def _key(path: Path | None) -> str | None:
     if path is not None:
-        return serving._read_keys(path)[0]
+        return serving.read_keys(path)[0]
     return os.environ.get("POCKETLM_API_KEY", "").strip() or None
 
 

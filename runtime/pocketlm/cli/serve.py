@@ -172,7 +172,7 @@ def serve(
     config = ServerConfig(
         host=host,
         port=port,
-        api_keys=(*(() if api_key is None else (api_key,)), *_read_keys(api_key_file)),
+        api_keys=(*(() if api_key is None else (api_key,)), *read_keys(api_key_file)),
         allowed_hosts=tuple(allowed_host or ()),
         allowed_origins=tuple(allowed_origin or ()),
         max_connections=max_connections,
@@ -344,7 +344,7 @@ def _is_on_command_line(ctx: typer.Context, parameter: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _read_keys(path: Path | None) -> list[str]:
+def read_keys(path: Path | None) -> list[str]:
     """The keys of a file: one a line, without empty lines and those that begin with #. Raises
     InvalidSettingError."""
     if path is None:

@@ -74,8 +74,7 @@ def configure_logging(level: str) -> None:
         logger.handlers = [handler]
         logger.propagate = False
     ours.setLevel(level.upper())
-    logging.getLogger(PROMPTS_LOGGER).setLevel(
-        logging.INFO
-    )  # whoever asks for prompts gets them at any level
+    # Whoever asks for prompts gets them at any level.
+    logging.getLogger(PROMPTS_LOGGER).setLevel(logging.INFO)
     # Its lesser remarks are about malformed requests, which anybody can send, and about its own start.
     uvicorn.setLevel(logging.DEBUG if level == "debug" else logging.ERROR)

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pocketlm.energy import Probe
 from pocketlm.energy.sharing import SharedMeter
@@ -25,6 +25,7 @@ from pocketlm.server.fields import refused
 from pocketlm.server.metrics import Metrics
 from pocketlm.server.model_store import ModelStore
 from pocketlm.server.openai import chat, completions, embeddings, models, responses
+from pocketlm.server.watched_send import WatchedSend
 
 _CLIENT_GONE = 499  # nginx's number; nobody reads it but the log
 
@@ -108,17 +109,11 @@ class _ErrorsAreAnswers:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def watch(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
+        watch = WatchedSend(send)
         try:
             await self._app(scope, receive, watch)
         except Exception as error:
-            if begun or scope["type"] != "http":
+            if watch.begun or scope["type"] != "http":
                 raise
             response = await _answer_error(Request(scope, receive), error)
             await response(scope, receive, send)

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from pocketlm.bundle import TOKENIZER_NAME
+from pocketlm.device import control_group_bytes
 from pocketlm.manifest import Manifest
 from pocketlm.prefill import PREFILL_CHUNK
 from pocketlm.speculate import LONGEST_DRAFT
@@ -20,9 +21,6 @@ _TOKENIZER_FACTOR = 30
 """What a tokenizer takes in memory for each byte of its file: 28 with 262,144 tokens, 30 with 49,152."""
 
 _RUNTIME_BYTES = 64 << 20  # the graph, threads, activations, and what an allocator keeps to itself
-
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -79,30 +77,8 @@ def estimate(
     )
 
 
-def default_budget_bytes() -> int:
-    """`BUDGET_SHARE` of what is available to this process now: a container may have less than its machine."""
-    available = [psutil.virtual_memory().available, *_cgroup_bytes()]
-    return int(BUDGET_SHARE * min(available))
-
-
-def _cgroup_bytes() -> list[int]:
-    """What the limits of this process's control groups leave (Linux, cgroup v2); none elsewhere."""
-    try:
-        own = next(line[3:] for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return []
-    group = Path(own.strip().lstrip("/"))
-    left = (_left_bytes(_CGROUPS / each) for each in (group, *group.parents))
-    return [count for count in left if count is not None]
-
-
-def _left_bytes(folder: Path) -> int | None:
-    try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        entries = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        # Files that were read count as used, but the system takes that memory back where it is short.
-        reclaimable = next((int(entry[1]) for entry in entries if entry[0] == "inactive_file"), 0)
-    except (OSError, ValueError):  # no such group here, or "max": no limit
-        return None
-    return max(0, limit - used + reclaimable)
+def default_budget_bytes(root: Path = Path("/")) -> int:
+    """`BUDGET_SHARE` of what is available to this process now: a container may have less than its machine.
+    `root` as in `control_group_bytes`."""
+    available, left = psutil.virtual_memory().available, control_group_bytes(root)
+    return int(BUDGET_SHARE * (available if left is None else min(available, left)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Sequence
-from typing import Annotated, Literal, TypeVar, cast
+from typing import Annotated, Literal, Protocol, TypeVar, cast
 
 from pydantic import Field
 
@@ -24,7 +24,12 @@ class TextPart(Fields):
     text: str
 
 
-def text_of(content: str | list[TextPart] | None) -> str:
+class _HasText(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+def text_of(content: str | Sequence[_HasText] | None) -> str:
     """The text of a message. Its parts are joined by line ends, as llama-server joins them."""
     if content is None or isinstance(content, str):
         return content or ""

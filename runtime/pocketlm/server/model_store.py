@@ -116,8 +116,8 @@ class ModelStore:
         models = [*(entry.model for entry in self._entries), self._closing]
         return self._busy_s_before + sum(each.model.busy_s for each in models if each is not None)
 
-    def get(self, name: str) -> ServedModel:
-        """The model of that name, loaded or not. Raises UnknownModelError."""
+    def get(self, name: str | None) -> ServedModel:
+        """The model of that name, loaded or not; None: the first. Raises UnknownModelError."""
         return self._entry(name).served
 
     def states(self) -> list[ModelState]:
@@ -131,7 +131,7 @@ class ModelStore:
         `close`; ModelTooLargeError; and what loading raises, to all who wait for it. The next call tries
         again.
         """
-        entry = self._entries[0] if name is None else self._entry(name)
+        entry = self._entry(name)
         entry.users += 1
         try:
             return Lease(entry.served.name, await self._loaded(entry), partial(self._let_go, entry))
@@ -172,7 +172,9 @@ class ModelStore:
             for entry in self._entries:
                 await self._unload(entry, "as the server ends")
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str | None) -> _Entry:
+        if name is None:
+            return self._entries[0]
         entry = self._by_name.get(name.lower())
         if entry is None:
             raise UnknownModelError(name, [each.served.name for each in self._entries])

@@ -102,7 +102,7 @@ async def props(service: ServiceOf, model: Annotated[str | None, Query(max_lengt
     """What holds for requests that do not say otherwise, of a model (the server's first, unless it is named),
     and what this server is."""
     states = service.store.states()
-    served = states[0].served if model is None else service.store.get(model)
+    served = service.store.get(model)
     state = next(each for each in states if each.served is served)
     template = await asyncio.to_thread(lambda: open_bundle(served.folder, verify=False).chat_template)
     described = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pocketlm.energy import Reading
 from pocketlm.generate import Completion
 
 
@@ -20,11 +19,6 @@ def cached_tokens(completions: Sequence[Completion]) -> int:
 
 def completion_tokens(completions: Sequence[Completion]) -> int:
     return sum(each.usage.completion_tokens for each in completions)
-
-
-def energy(reading: Reading) -> dict[str, Any]:
-    """Joules, where they come from and how sure they are: as `pocketlm run --json` has them."""
-    return reading.as_object()
 
 
 def timings(completion: Completion) -> dict[str, Any]:

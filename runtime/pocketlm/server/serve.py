@@ -17,7 +17,7 @@ from typing import TypeVar, cast
 import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pocketlm.errors import PocketlmError
 from pocketlm.server.access_log import AccessLog
@@ -25,6 +25,7 @@ from pocketlm.server.config import ServerConfig
 from pocketlm.server.errors import error_response
 from pocketlm.server.http_protocol import http_protocol
 from pocketlm.server.security import SecurityHeaders
+from pocketlm.server.watched_send import WatchedSend
 
 T = TypeVar("T")
 
@@ -245,17 +246,11 @@ class _Gate:
         if self.app is None:
             await _loading(scope, self._phase())(scope, receive, send)
             return
-        begun = False
-
-        async def watch(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
+        watch = WatchedSend(send)
         try:
             await self.app(scope, receive, watch)
         except asyncio.CancelledError:
-            if not begun:
+            if not watch.begun:
                 await _ending(scope)(scope, receive, send)
 
 

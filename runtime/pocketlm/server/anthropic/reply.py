@@ -7,7 +7,6 @@ import uuid
 from typing import Any
 
 from pocketlm.generate import Completion, Piece, Usage
-from pocketlm.server import reports
 from pocketlm.server.answers import Result
 from pocketlm.server.openai.tools import new_call_id
 from pocketlm.server.openai.usage import finish_reason
@@ -129,5 +128,5 @@ def _usage(usage: Usage, result: Result | None = None) -> dict[str, Any]:
         "output_tokens": usage.completion_tokens,
     }
     if result is not None:
-        counted["energy"] = reports.energy(result.reading)
+        counted["energy"] = result.reading.as_object()
     return counted

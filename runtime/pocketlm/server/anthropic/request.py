@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pocketlm.server.errors import ApiError
 from pocketlm.server.fields import Count, Fields, ModelName, OpenFields, Share, given
-from pocketlm.server.messages import Messages, joined
+from pocketlm.server.messages import Messages, joined, text_of
 from pocketlm.server.openai.tools import FunctionName
 from pocketlm.settings import Settings
 from pocketlm.tokenizer import Message, ToolMessage
@@ -148,7 +148,7 @@ def conversation(request: PromptFields) -> list[Message]:
             param="messages",
         )
     messages: list[Message] = []
-    if system := _text(request.system):
+    if system := text_of(request.system):
         messages.append(Message(role="system", content=system))
     called: dict[str, str] = {}
     for index, turn in enumerate(request.messages):
@@ -207,10 +207,6 @@ def _choice(choice: AutoChoice | NamedChoice | NoChoice | None) -> str | Mapping
     return None
 
 
-def _text(content: str | list[TextBlock] | None) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content or ())
-
-
 def _asked(blocks: list[Block], called: Mapping[str, str], index: int) -> Iterator[Message]:
     """A user's turn: what tools have returned, and what the user says."""
     for block in blocks:
@@ -234,7 +230,7 @@ def _returned(block: ToolResultBlock, called: Mapping[str, str], index: int) -> 
             "that id.",
             param=f"messages.{index}.content",
         )
-    text = _text(block.content)
+    text = text_of(block.content)
     if block.is_error:  # templates know no errors
         text = f"Error: {text}"
     return ToolMessage(role="tool", content=text, tool_call_id=block.tool_use_id, name=name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from pocketlm.manifest import Manifest
@@ -72,15 +71,9 @@ def _named(served: ServedModel) -> dict[str, Any]:
     return {
         "name": served.name,
         "model": served.name,
-        "digest": _digest(manifest),
+        "digest": manifest.digest(),
         "details": details(manifest),
     }
-
-
-def _digest(manifest: Manifest) -> str:
-    """The same for the same files: the sha256 of their list."""
-    listing = "".join(f"{manifest.files[name].sha256}  {name}\n" for name in sorted(manifest.files))
-    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _readable(count: int) -> str:

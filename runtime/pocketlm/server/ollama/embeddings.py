@@ -12,13 +12,13 @@ from starlette.responses import Response
 
 from pocketlm.embed import Embeddings
 from pocketlm.energy import Reading
-from pocketlm.server import reports
 from pocketlm.server.answers import Service, ServiceOf, while_connected
-from pocketlm.server.errors import ApiError, blaming
+from pocketlm.server.errors import blaming
 from pocketlm.server.event_stream import json_bytes
 from pocketlm.server.ollama.fields import ModelFields, room
 from pocketlm.server.ollama.times import nanoseconds
 from pocketlm.server.openai.completions import separate
+from pocketlm.server.openai.embeddings import check_dimensions
 
 router = room()
 
@@ -39,7 +39,7 @@ class EmbeddingsRequest(ModelFields):
 @router.post("/api/embed", response_model=None)
 async def embed(request: Request, body: EmbedRequest, service: ServiceOf) -> Response:
     """Each text as a vector: the mean of the model's hidden states behind its tokens."""
-    _check_dimensions(service, body)
+    check_dimensions(service.store, body.model, body.dimensions)
     begun = time.perf_counter()
     with blaming("input"):
         texts = separate(body.input, "input")
@@ -50,7 +50,7 @@ async def embed(request: Request, body: EmbedRequest, service: ServiceOf) -> Res
         "total_duration": nanoseconds(time.perf_counter() - begun),
         "load_duration": nanoseconds(load_s),
         "prompt_eval_count": embedded.prompt_tokens,
-        "energy": reports.energy(reading),
+        "energy": reading.as_object(),
     }
     return Response(json_bytes(answer), media_type="application/json")
 
@@ -75,11 +75,3 @@ async def _embed(
         name, embedded, reading = await service.embed("ollama_embed", body.model, texts)
         body.keep(service, name)
     return load_s, name, embedded, reading
-
-
-def _check_dimensions(service: Service, body: EmbedRequest) -> None:
-    served, wanted = service.store.get(body.model), body.dimensions
-    size = served.manifest.dimensions.hidden
-    if wanted not in (None, size):
-        message = f"dimensions is {wanted:,}; the vectors of {served.name} have {size:,}. Leave it out."
-        raise ApiError(400, message, code="invalid_value", param="dimensions")

@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from pocketlm.engine import Prompt
 from pocketlm.generate import Completion, Piece
-from pocketlm.server import reports
 from pocketlm.server.answers import Answers, Result, Service, ServiceOf, finished, while_connected
 from pocketlm.server.errors import ApiError, blaming, error_object
 from pocketlm.server.event_stream import LineStream, json_bytes, line
@@ -211,7 +210,7 @@ class Reply:
             "eval_duration": nanoseconds(times.decode_s),
             "cached_tokens": usage.cached_tokens,
             "dropped_messages": usage.dropped_messages,
-            "energy": reports.energy(result.reading),
+            "energy": result.reading.as_object(),
         }
 
 

@@ -12,11 +12,11 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pocketlm.server import reports
-from pocketlm.server.answers import Service, ServiceOf, while_connected
+from pocketlm.server.answers import ServiceOf, while_connected
 from pocketlm.server.errors import ApiError, blaming
 from pocketlm.server.event_stream import json_bytes
 from pocketlm.server.fields import Fields, ModelName
+from pocketlm.server.model_store import ModelStore
 from pocketlm.server.openai.completions import Texts, separate
 
 router = APIRouter(tags=["OpenAI"])
@@ -37,7 +37,7 @@ class EmbeddingRequest(Fields):
 @router.post("/v1/embeddings", response_model=None)
 async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceOf) -> Response:
     """Each text as a vector: the mean of the model's hidden states behind its tokens."""
-    _check_dimensions(service, body)
+    check_dimensions(service.store, body.model, body.dimensions)
     with blaming("input"):
         work = service.embed("embeddings", body.model, separate(body.input, "input"))
         name, embedded, reading = await while_connected(request, work)
@@ -46,18 +46,16 @@ async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceO
         for index, vector in enumerate(embedded.vectors)
     ]
     tokens = embedded.prompt_tokens
-    costs = {"prompt_tokens": tokens, "total_tokens": tokens, "energy": reports.energy(reading)}
+    costs = {"prompt_tokens": tokens, "total_tokens": tokens, "energy": reading.as_object()}
     answer = {"object": "list", "data": data, "model": name, "usage": costs}
     return Response(json_bytes(answer), media_type="application/json")
 
 
-def _check_dimensions(service: Service, body: EmbeddingRequest) -> None:
-    store, wanted = service.store, body.dimensions
-    if wanted is None:
-        return
-    served = store.states()[0].served if body.model is None else store.get(body.model)
+def check_dimensions(store: ModelStore, model: str | None, wanted: int | None) -> None:
+    """Raises ApiError for another length of vectors than the model's, and UnknownModelError."""
+    served = store.get(model)
     size = served.manifest.dimensions.hidden
-    if wanted != size:
+    if wanted not in (None, size):
         message = f"dimensions is {wanted:,}; the vectors of {served.name} have {size:,}. Leave it out."
         raise ApiError(400, message, code="invalid_value", param="dimensions")
 

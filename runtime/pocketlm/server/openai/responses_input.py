@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag
 
 from pocketlm.server.errors import ApiError
 from pocketlm.server.fields import Count, Fields, ModelName, OpenFields, Share, Temperature, given
-from pocketlm.server.messages import Messages, joined
+from pocketlm.server.messages import Messages, joined, text_of
 from pocketlm.server.openai.response_format import JsonObject, NamedSchema, Text, schema_of
 from pocketlm.server.openai.tools import FunctionName
 from pocketlm.settings import Settings
@@ -160,7 +160,7 @@ def conversation(request: ResponsesRequest) -> list[Message]:
         match item:
             case MessageItem():
                 role = "system" if item.role == "developer" else item.role
-                messages.append(Message(role=role, content=_text(item.content)))
+                messages.append(Message(role=role, content=text_of(item.content)))
             case FunctionCallItem():
                 called[item.call_id] = item.name
                 function = {"name": item.name, "arguments": item.arguments}
@@ -215,11 +215,7 @@ def _returned(item: FunctionOutputItem, called: Mapping[str, str], index: int) -
             "that call_id.",
             param=f"input.{index}.call_id",
         )
-    return ToolMessage(role="tool", content=_text(item.output), tool_call_id=item.call_id, name=name)
-
-
-def _text(content: str | Parts | list[InputText]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+    return ToolMessage(role="tool", content=text_of(item.output), tool_call_id=item.call_id, name=name)
 
 
 def _schema(text: TextFields | None) -> dict[str, Any] | None:

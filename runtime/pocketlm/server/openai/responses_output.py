@@ -221,5 +221,5 @@ def _usage(result: Result) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + completion,
         "dropped_messages": result.completions[0].usage.dropped_messages,
-        "energy": reports.energy(result.reading),
+        "energy": result.reading.as_object(),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import secrets
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ def usage(results: Sequence[Result]) -> dict[str, Any]:
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(map(reports.cached_tokens, answers))},
         "dropped_messages": sum(each[0].usage.dropped_messages for each in answers),
-        "energy": reports.energy(together([result.reading for result in results])),
+        "energy": together([result.reading for result in results]).as_object(),
     }
 
 
@@ -68,8 +67,7 @@ def _sum(values: Sequence[float | None]) -> float | None:
 
 def system_fingerprint(manifest: Manifest) -> str:
     """The same for the same files and version: what a seed's text depends on."""
-    listing = "".join(f"{manifest.files[name].sha256}  {name}\n" for name in sorted(manifest.files))
-    return f"fp_{hashlib.sha256(listing.encode()).hexdigest()[:12]}_{_VERSION}"
+    return f"fp_{manifest.digest()[:12]}_{_VERSION}"
 
 
 def new_id(prefix: str) -> str:
